@@ -1,0 +1,551 @@
+"""Search, derive, train, test: emoDARTS end to end, speaker-independent.
+
+    python train.py                                         # the smoke test: no data, no GPU, under three minutes
+    python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
+    python train.py --help                                  # every option with its default
+
+For each fold: the search sees the training speakers only, one half of their utterances for the weights, the other for
+the alphas; the derived network is trained from scratch on all of them; the validation speakers are looked at, and
+choose only with --select best; the test speakers are scored once, when everything is chosen.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+
+import features
+from emodarts import Architect, Network, SEQ_SPACES, derive
+from features import CLASSES, CORPORA, InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: one dataclass, the command line is made from it.
+
+# A scale fixes sizes, never the hardware.
+SCALES = {
+    "paper": dict(channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, search_epochs=50, epochs=100),
+    "small": dict(channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2, search_epochs=15, epochs=40),
+}
+
+
+def option(default, text, group, kind=None, choices=None):
+    """A field whose comment is also its help text. `default` None: taken from the corpus or the scale."""
+    return field(default=default, metadata=dict(text=text, group=group, kind=kind or type(default), choices=choices))
+
+
+@dataclass
+class Options:
+    dataset: str = option("smoke", "the corpus", "data", choices=CORPORA)
+    root: str = option(None, "its folder (default: data/DATASET)", "data", str)
+    cache: str = option("cache", "folder of the computed features", "data")
+    folds: str = option(None, "folds to run, such as 0,3 (default: all; of smoke 0,1)", "data", str)
+    coefficients: int = option(128, "MFCCs, of 128 mel bands", "data")
+    window: float = option(8.0, "seconds of a window; longer utterances become several", "data")
+    padding: str = option("repeat", "of utterances shorter than a window", "data", choices=("repeat", "zero"))
+
+    scale: str = option(None, "sizes of everything below that has no default (default: small; of the paper's corpora paper)", "sizes", str, SCALES)
+    channels: int = option(None, "channels of the first CNN cell", "sizes", int)
+    cnn_cells: int = option(None, "CNN cells", "sizes", int)
+    seq_cells: int = option(None, "SeqNN cells; 0 searches a CNN only", "sizes", int)
+    nodes: int = option(None, "nodes a cell", "sizes", int)
+    stem_stride: int = option(None, "2 halves the map before the first cell", "sizes", int)
+    search_epochs: int = option(None, "epochs of the search", "sizes", int)
+    epochs: int = option(None, "epochs of the final training", "sizes", int)
+
+    order: int = option(1, "order of the hypergradient", "search", choices=(1, 2))
+    seq_space: str = option("all", "candidate operations of the SeqNN", "search", choices=SEQ_SPACES)
+    alpha_lr: float = option(3e-4, "learning rate of the alphas (Adam)", "search")
+    alpha_decay: float = option(1e-3, "weight decay of the alphas", "search")
+
+    batch: int = option(16, "batch size, of search and training", "training")
+    lr: float = option(0.025, "learning rate of the weights (SGD, cosine), of search and training", "training")
+    lr_min: float = option(0.001, "where the cosine ends in the search; in training it ends at 0", "training")
+    momentum: float = option(0.9, "of SGD", "training")
+    decay: float = option(3e-4, "weight decay of the weights", "training")
+    clip: float = option(5.0, "largest norm of the weights' gradient", "training")
+    dropout: float = option(0.3, "after each cell", "training")
+    drop_path: float = option(0.2, "share of edge outputs dropped at the end of training, growing from 0", "training")
+    select: str = option("last", "epoch that counts: the last, or the best validation UA (ties: the latest)", "training", choices=("last", "best"))
+
+    out: str = option(None, "folder of the run (default: runs/DATASET-SCALE-KEY, the key made of the settings)", "run", str)
+    seed: int = option(0, "seed of everything random", "run")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
+    threads: int = option(None, "CPU threads (default: torch's)", "run", int)
+
+
+# What a result does not depend on, up to rounding; these may differ when a run folder is used again.
+NOT_SETTINGS = ("out", "root", "cache", "device", "threads")
+
+
+def parse(argv):
+    """Command line -> Options, with everything that depends on corpus and scale filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for f in fields(Options):
+        about = f.metadata
+        group = groups.setdefault(about["group"], parser.add_argument_group(about["group"]))
+        text = about["text"] + (f" (default: {f.default})" if f.default is not None else "")
+        if about["group"] == "sizes" and f.name != "scale":
+            text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
+        group.add_argument("--" + f.name.replace("_", "-"), type=about["kind"], choices=about["choices"], default=f.default, help=text)
+    options = Options(**vars(parser.parse_args(argv)))
+    options.scale = options.scale or CORPORA[options.dataset].scale
+    options.folds = options.folds or CORPORA[options.dataset].folds
+    for name, size in SCALES[options.scale].items():
+        if getattr(options, name) is None:
+            setattr(options, name, size)
+    return options
+
+
+def check(options, parts):
+    """Refuses what cannot work, before any work. -> the folds to run."""
+    least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1}
+    for name, smallest in least.items():
+        if getattr(options, name) is not None and getattr(options, name) < smallest:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {smallest}")
+    for name in ("dropout", "drop_path"):
+        if not 0 <= getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
+    try:
+        with torch.device("meta"):
+            network(options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        chosen = [int(k) for k in options.folds.split(",")] if options.folds else list(range(len(parts)))
+        assert set(chosen) <= set(range(len(parts)))
+    except (ValueError, AssertionError):
+        raise InputError(f"--folds is {options.folds!r}, expected numbers from 0 to {len(parts) - 1} with commas between them") from None
+    return sorted(set(chosen))
+
+
+def network(options, genotype=None):
+    sizes = {name: getattr(options, name) for name in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")}
+    return Network(classes=len(CLASSES), seq_space=options.seq_space, genotype=genotype, **sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """The windows on the device, standardised with the statistics of one fold's training speakers."""
+
+    def __init__(self, store, labels, device):
+        self.store, self.labels, self.device = store, np.asarray(labels), device
+        self.features = torch.from_numpy(np.array(store.features)).to(device)  # (windows, F, T)
+
+    def standardise_by(self, utterances):
+        """Mean and deviation of each coefficient, (F, 1), over the windows of `utterances`."""
+        window, _ = self.store.windows_of(utterances)
+        self.std, self.mean = torch.std_mean(self.features[torch.from_numpy(window)], dim=(0, 2), correction=0)
+        self.mean, self.std = self.mean[:, None], self.std.clamp(min=1e-5)[:, None]
+
+    def batch(self, windows):
+        """Indices of windows -> (N, 1, F, T)."""
+        return ((self.features[windows.to(self.device)] - self.mean) / self.std)[:, None]
+
+    def batches(self, utterances, steps):
+        """All windows of `utterances`, shuffled, in `steps` batches of equal size: pairs (x, target)."""
+        window, of = self.store.windows_of(utterances)
+        target = torch.from_numpy(self.labels[utterances][of])
+        rounds = -(-steps // len(window))
+        order = torch.cat([torch.randperm(len(window)) for _ in range(rounds)])
+        for part in order.tensor_split(steps):
+            yield self.batch(torch.from_numpy(window)[part]), target[part].to(self.device)
+
+    def steps(self, utterances, batch):
+        return -(-len(self.store.windows_of(utterances)[0]) // batch)
+
+    def class_weights(self, utterances):
+        """Inverse class frequencies with mean 1 over the utterances, (classes,)."""
+        counts = np.bincount(self.labels[utterances], minlength=len(CLASSES))
+        if not counts.all():
+            missing = ", ".join(c for c, n in zip(CLASSES, counts) if n == 0)
+            raise InputError(f"no training utterance is {missing}; every class needs one in every training set")
+        return torch.tensor(len(utterances) / (len(CLASSES) * counts), dtype=torch.float32, device=self.device)
+
+
+def halves(utterances, labels):
+    """Two halves of the training utterances, stratified by class: one for the weights, one for the alphas."""
+    shuffled = [utterances[k] for k in torch.randperm(len(utterances))]
+    by_class = sorted(shuffled, key=lambda i: labels[i])  # a stable sort: the order within a class stays random
+    return by_class[0::2], by_class[1::2]
+
+
+def seed(options, fold, stage):
+    """Each stage of each fold has its own random stream, so that running fold 3 alone gives what running all gives."""
+    torch.manual_seed(int(np.random.SeedSequence([options.seed, fold, stage]).generate_state(1)[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: always from one confusion matrix over a whole test fold.
+
+
+def confusion_matrix(labels, predicted):
+    """(classes, classes), rows the true classes, columns the predicted ones."""
+    matrix = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def ua(confusion):
+    """Unweighted accuracy: the mean of the recalls of the classes that are present."""
+    present = confusion.sum(axis=1) > 0
+    return float((confusion.diagonal()[present] / confusion.sum(axis=1)[present]).mean())
+
+
+def wa(confusion):
+    """Weighted accuracy: correct / all."""
+    return float(confusion.trace() / confusion.sum())
+
+
+@torch.no_grad()
+def predict(net, data, utterances, batch=64):
+    """Logits of whole utterances, (utterances, classes): the mean over their windows."""
+    net.eval()
+    window, of = data.store.windows_of(utterances)
+    logits = torch.cat([net(data.batch(part)) for part in torch.from_numpy(window).split(batch)]).cpu().double()
+    total = torch.zeros(len(utterances), logits.shape[1], dtype=logits.dtype).index_add_(0, torch.from_numpy(of), logits)
+    return (total / torch.bincount(torch.from_numpy(of))[:, None]).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search and training
+
+
+def search(net, data, train, options, log):
+    """Moves alphas and weights in turn. The network is a supernet; `train` are the training speakers' utterances."""
+    w_half, alpha_half = halves(train, data.labels)
+    steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
+
+    def loss(logits, target):
+        return F.cross_entropy(logits, target, class_weights)
+
+    architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, weight_decay=options.alpha_decay)
+    optimizer, schedule = sgd(net, options, options.search_epochs, options.lr_min)
+    for epoch in range(options.search_epochs):
+        started, total, alpha_total, lr = time.perf_counter(), 0.0, 0.0, optimizer.param_groups[0]["lr"]
+        net.train()
+        for (x, target), val in zip(data.batches(w_half, steps), data.batches(alpha_half, steps)):
+            alpha_total += architect.step(val, (x, target), xi=lr)
+            total += weight_step(net, loss(net(x), target), optimizer, options.clip)
+        schedule.step()
+        log(
+            stage="search", epoch=epoch + 1, lr=lr, loss=total / steps, alpha_loss=alpha_total / steps, entropy=entropy(net),
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+
+
+def train(net, data, train, validation, options, log):
+    """Trains a derived network from scratch. -> epoch that counts."""
+    steps, class_weights = data.steps(train, options.batch), data.class_weights(train)
+    optimizer, schedule = sgd(net, options, options.epochs, 0.0)
+    best = (-1.0, 0, None)
+    for epoch in range(options.epochs):
+        started, total, lr = time.perf_counter(), 0.0, optimizer.param_groups[0]["lr"]
+        net.train()
+        net.drop_path = options.drop_path * epoch / options.epochs
+        for x, target in data.batches(train, steps):
+            total += weight_step(net, F.cross_entropy(net(x), target, class_weights), optimizer, options.clip)
+        schedule.step()
+        seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1))
+        log(
+            stage="train", epoch=epoch + 1, lr=lr, loss=total / steps, val_ua=ua(seen), val_wa=wa(seen),
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        if options.select == "best" and ua(seen) >= best[0]:
+            best = (ua(seen), epoch + 1, {name: t.clone() for name, t in net.state_dict().items()})
+    if options.select == "best":
+        net.load_state_dict(best[2])
+        return best[1]
+    return options.epochs
+
+
+def weight_step(net, loss, optimizer, clip):
+    """One step of the weights; -> the loss, a float. In a search the alphas collect no gradient from it that counts:
+    the architect sets theirs afresh."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=net.weights())
+    torch.nn.utils.clip_grad_norm_(net.weights(), clip)
+    optimizer.step()
+    return loss.item()
+
+
+def sgd(net, options, epochs, lr_min):
+    optimizer = torch.optim.SGD(net.weights(), options.lr, options.momentum, weight_decay=options.decay)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, lr_min)
+
+
+def entropy(net):
+    """Mean entropy of the edges' softmax weights as a share of the largest possible: 1 undecided, 0 decided."""
+    parts = []
+    for alpha in net.alphas():
+        p = alpha.detach().softmax(dim=1)
+        parts.append(-(p * p.log()).sum(dim=1) / math.log(p.shape[1]))
+    return torch.cat(parts).mean().item()
+
+
+def run_fold(k, fold, data, utterances, options, folder, progress):
+    """One fold from search to test. Writes its files to `folder`; -> its entry in results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data.standardise_by(fold.train)
+    columns = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")
+    with open(folder / "log.csv", "w", newline="") as file:
+        rows = csv.DictWriter(file, columns)
+        rows.writeheader()
+
+        def log(**row):
+            rows.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+            file.flush()
+            progress.epoch(k, row)
+
+        started = time.perf_counter()
+        seed(options, k, 0)
+        supernet = network(options).to(data.device, memory_format=torch.channels_last)
+        search(supernet, data, fold.train, options, log)
+        genotype = derive(supernet)
+        searched = time.perf_counter()
+        (folder / "genotype.json").write_text(genotype.to_json())
+        progress.say(f"fold {k}: found in {searched - started:.0f} s\n{genotype}")
+
+        seed(options, k, 1)
+        net = network(options, genotype).to(data.device, memory_format=torch.channels_last)
+        epoch = train(net, data, fold.train, fold.validation, options, log)
+        trained = time.perf_counter()
+
+    torch.save(
+        {
+            "format": "emodarts-1",
+            "sizes": {n: getattr(options, n) for n in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")},
+            "genotype": genotype.to_json(),
+            "classes": list(CLASSES),
+            "features": asdict(feature_settings(options)),
+            "mean": data.mean.cpu(),
+            "std": data.std.cpu(),
+            "weights": {name: t.cpu().contiguous() for name, t in net.state_dict().items()},
+            "trained_on": {"dataset": options.dataset, "speakers": speakers(utterances, fold.train), "epoch": epoch},
+        },
+        folder / "model.pt",
+    )
+    # Everything is chosen: the test speakers are scored, once.
+    logits = predict(net, data, fold.test)
+    confusion = confusion_matrix(data.labels[fold.test], logits.argmax(1))
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["utterance", "label", "predicted", *CLASSES])
+        for i, p in zip(fold.test, probabilities):
+            rows.writerow([utterances[i].path.name, utterances[i].label, CLASSES[p.argmax()], *(f"{v:.6f}" for v in p)])
+    return {
+        "fold": k,
+        "test": speakers(utterances, fold.test),
+        "validation": speakers(utterances, fold.validation),
+        "ua": ua(confusion),
+        "wa": wa(confusion),
+        "confusion": confusion.tolist(),
+        "epoch": epoch,
+        "genotype": json.loads(genotype.to_json()),
+        "parameters": sum(p.numel() for p in net.weights()),
+        "seconds": {"search": round(searched - started, 1), "training": round(trained - searched, 1)},
+    }
+
+
+def feature_settings(options):
+    return features.Settings(options.coefficients, options.window, options.padding)
+
+
+def speakers(utterances, members):
+    return sorted({utterances[i].speaker for i in members})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+class Progress:
+    """One line an epoch; on a terminal the line overwrites the one before, and says how much time is left."""
+
+    def __init__(self, options, chosen):
+        self.terminal = sys.stdout.isatty()
+        self.length = {"search": options.search_epochs, "train": options.epochs}
+        self.left = {stage: epochs * len(chosen) for stage, epochs in self.length.items()}
+        self.seconds = {"search": [], "train": []}
+        self.folds = chosen
+
+    def epoch(self, k, row):
+        stage = row["stage"]
+        self.left[stage] -= 1
+        self.seconds[stage].append(row["seconds"])
+        text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  loss {row['loss']:.3f}"
+        if stage == "search":
+            text += f"  on the alphas' half {row['alpha_loss']:.3f}  entropy {row['entropy']:.3f}"
+        else:
+            text += f"  validation UA {100 * row['val_ua']:5.1f}"
+        self.say(f"{text}  {row['seconds']:.1f} s, {self.time_left()} left", passing=True)
+
+    def time_left(self):
+        """Epochs left times what an epoch took; before the first training epoch half a search epoch is assumed."""
+        mean = {stage: sum(s) / len(s) if s else None for stage, s in self.seconds.items()}
+        mean["train"] = mean["train"] or 0.5 * mean["search"]
+        return duration(sum(self.left[stage] * mean[stage] for stage in self.left))
+
+    def say(self, text, passing=False):
+        if self.terminal:
+            print("\r\033[K" + text, end="" if passing else "\n", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def duration(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def summary(runs):
+    """Mean, standard deviation (ddof 1; none of a single fold) and pooled value of UA and WA over folds, in 0..1."""
+    pooled = sum(np.array(run["confusion"]) for run in runs)
+    out = {}
+    for name, metric in (("ua", ua), ("wa", wa)):
+        values = [run[name] for run in runs]
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        out[name] = {"mean": float(np.mean(values)), "std": std, "pooled": metric(pooled)}
+    return out
+
+
+def table(runs):
+    """The table that a run ends with, in percent."""
+    wide = max(10, *(len(" ".join(run[side])) for run in runs for side in ("test", "validation")))
+    yield f"{'fold':6} {'test':{wide}} {'validation':{wide}} {'utterances':>10} {'UA':>6} {'WA':>6} {'parameters':>11} {'search':>8} {'training':>8}"
+    for run in runs:
+        yield (
+            f"{run['fold']:<6} {' '.join(run['test']):{wide}} {' '.join(run['validation']):{wide}} {np.sum(run['confusion']):>10} "
+            f"{100 * run['ua']:6.1f} {100 * run['wa']:6.1f} {run['parameters']:>11,} "
+            f"{run['seconds']['search']:>6.0f} s {run['seconds']['training']:>6.0f} s"
+        )
+    whole = summary(runs)
+    for name in ("mean", "std", "pooled"):
+        values = (whole[metric][name] for metric in ("ua", "wa"))
+        yield f"{name:{wide * 2 + 19}}" + " ".join(f"{'-':>6}" if v is None else f"{100 * v:6.1f}" for v in values)
+
+
+def estimate(options, data, parts, chosen):
+    """Seconds that the chosen folds will take, from one step of each kind on this device."""
+    with torch.random.fork_rng():
+        steps = {"search": 0, "train": 0}
+        for k in chosen:
+            steps["search"] += options.search_epochs * data.steps(parts[k].train[0::2], options.batch)
+            steps["train"] += options.epochs * data.steps(parts[k].train, options.batch)
+        data.standardise_by(parts[chosen[0]].train)
+        batch = next(data.batches(parts[chosen[0]].train, data.steps(parts[chosen[0]].train, options.batch)))
+        supernet = network(options).to(data.device, memory_format=torch.channels_last)
+        derived = network(options, derive(supernet)).to(data.device, memory_format=torch.channels_last)
+        architect = Architect(supernet, F.cross_entropy, order=options.order)
+        seconds = {}
+        for stage, net in (("train", derived), ("search", supernet)):
+            optimizer, _ = sgd(net, options, 1, 0.0)
+            started = time.perf_counter()
+            if stage == "search":
+                architect.step(batch, batch, xi=options.lr)
+            weight_step(net, F.cross_entropy(net(batch[0]), batch[1]), optimizer, options.clip)
+            seconds[stage] = time.perf_counter() - started
+    return sum(steps[stage] * seconds[stage] for stage in steps), seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_folder(options, settings):
+    """Makes the folder of the run. One that already holds a run with other settings is refused: nothing is lost."""
+    mine = {name: v for name, v in asdict(options).items() if name not in NOT_SETTINGS}
+    key = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(options.out or Path("runs", f"{options.dataset}-{options.scale}-{key}"))
+    if (folder / "settings.json").exists():
+        try:
+            theirs = json.loads((folder / "settings.json").read_text())["options"]
+            differ = [f"{name} ({theirs.get(name)} there, {v} here)" for name, v in mine.items() if theirs.get(name) != v]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            differ = ["settings.json, which cannot be read"]
+        if differ:
+            raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
+def versions():
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchaudio": torchaudio.__version__, "commit": git.stdout.strip()}
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); cpu always can") from None
+    return torch.device(name)
+
+
+def run(argv):
+    options = parse(argv)
+    root, utterances = features.read_corpus(options.dataset, options.root)
+    parts = features.folds(utterances)
+    chosen = check(options, parts)
+    device = pick_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
+    folder = run_folder(options, settings)
+
+    progress = Progress(options, chosen)
+    store = features.load(
+        root, utterances, feature_settings(options), options.cache, options.dataset,
+        progress=lambda text: progress.terminal and progress.say(text, passing=True),
+    )  # fmt: skip
+    print(f"{options.dataset}: {len(utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {len(speakers(utterances, range(len(utterances))))} "
+          f"speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; results go to {folder}")  # fmt: skip
+    if options.dataset == "smoke":
+        print("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
+    data = Data(store, [CLASSES.index(u.label) for u in utterances], device)
+    if options.scale == "paper" and device.type == "cpu":
+        print("paper scale without a GPU: measuring one step ...", flush=True)
+        total, seconds = estimate(options, data, parts, chosen)
+        print(f"this will take about {duration(total)} ({seconds['search']:.1f} s a search step, {seconds['train']:.1f} s a training step)")
+
+    runs = []
+    for k in chosen:
+        runs.append(run_fold(k, parts[k], data, utterances, options, folder / f"fold{k}", progress))
+        results = {"dataset": options.dataset, "classes": list(CLASSES), **summary(runs), "folds": runs}
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    progress.say("")
+    print(*table(runs), sep="\n")
+    print(f"results, genotypes, logs, models and predictions are in {folder}")
+
+
+def main(argv=None):
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

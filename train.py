@@ -275,8 +275,7 @@ def train(net, data, train, validation, options, log):
 
 
 def weight_step(net, loss, optimizer, clip):
-    """One step of the weights; -> the loss, a float. In a search the alphas collect no gradient from it that counts:
-    the architect sets theirs afresh."""
+    """One step of the weights, and of nothing else: -> the loss, a float. In a search the alphas get no gradient."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=net.weights())
     torch.nn.utils.clip_grad_norm_(net.weights(), clip)
@@ -488,8 +487,12 @@ def run_folder(options, settings):
 
 
 def versions():
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchaudio": torchaudio.__version__, "commit": git.stdout.strip()}
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchaudio": torchaudio.__version__, "commit": commit}
 
 
 def pick_device(name):

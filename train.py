@@ -28,15 +28,15 @@ import torchaudio
 
 import features
 from emodarts import Architect, Network, SEQ_SPACES, derive
-from features import CLASSES, CORPORA, InputError
+from features import CORPORA, InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: one dataclass, the command line is made from it.
 
 # A scale fixes sizes, never the hardware.
 SCALES = {
-    "paper": dict(channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, search_epochs=50, epochs=100),
-    "small": dict(channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2, search_epochs=15, epochs=40),
+    "paper": dict(coefficients=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, search_epochs=50, epochs=100),
+    "small": dict(coefficients=40, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2, search_epochs=15, epochs=40),
 }
 
 
@@ -48,14 +48,25 @@ def option(default, text, group, kind=None, choices=None):
 @dataclass
 class Options:
     dataset: str = option("smoke", "the corpus", "data", choices=CORPORA)
-    root: str = option(None, "its folder (default: data/DATASET)", "data", str)
+    root: str = option(None, "its folder, or the file of csv (default: data/DATASET)", "data", str)
+    classes: str = option("four", "angry, happy, neutral and sad, or all that the corpus labels", "data", choices=("four", "all"))
+    protocol: str = option("standard", "folds and labels: the corpus' own, or the emoDARTS authors'", "data", choices=("standard", "paper"))
+    strict: bool = option(False, "refuse a corpus with other counts than the known ones", "data")
+    skip_bad: bool = option(False, "go on without recordings that cannot be used; results name them", "data")
+    test_dataset: str = option(None, "test every fold's model on the whole of this corpus, too", "data", str, CORPORA)
+    test_root: str = option(None, "its folder (default: data/TEST_DATASET)", "data", str)
     cache: str = option("cache", "folder of the computed features", "data")
+    workers: int = option(None, "processes that compute features (default: one a core)", "data", int)
     folds: str = option(None, "folds to run, such as 0,3 (default: all; of smoke 0,1)", "data", str)
-    coefficients: int = option(128, "MFCCs, of 128 mel bands", "data")
     window: float = option(8.0, "seconds of a window; longer utterances become several", "data")
     padding: str = option("repeat", "of utterances shorter than a window", "data", choices=("repeat", "zero"))
+    normalise: str = option(
+        "train", "statistics: of the training speakers, or of each speaker, which uses the test speaker's unlabelled audio", "data",
+        choices=("train", "speaker"),
+    )  # fmt: skip
 
     scale: str = option(None, "sizes of everything below that has no default (default: small; of the paper's corpora paper)", "sizes", str, SCALES)
+    coefficients: int = option(None, "MFCCs, of 128 mel bands", "sizes", int)
     channels: int = option(None, "channels of the first CNN cell", "sizes", int)
     cnn_cells: int = option(None, "CNN cells", "sizes", int)
     seq_cells: int = option(None, "SeqNN cells; 0 searches a CNN only", "sizes", int)
@@ -85,8 +96,9 @@ class Options:
     threads: int = option(None, "CPU threads (default: torch's)", "run", int)
 
 
+NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "cache", "device", "threads")
+NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "threads")
 
 
 def parse(argv):
@@ -99,7 +111,11 @@ def parse(argv):
         text = about["text"] + (f" (default: {f.default})" if f.default is not None else "")
         if about["group"] == "sizes" and f.name != "scale":
             text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
-        group.add_argument("--" + f.name.replace("_", "-"), type=about["kind"], choices=about["choices"], default=f.default, help=text)
+        flag = "--" + f.name.replace("_", "-")
+        if about["kind"] is bool:
+            group.add_argument(flag, action="store_true", help=about["text"])
+        else:
+            group.add_argument(flag, type=about["kind"], choices=about["choices"], default=f.default, help=text)
     options = Options(**vars(parser.parse_args(argv)))
     options.scale = options.scale or CORPORA[options.dataset].scale
     options.folds = options.folds or CORPORA[options.dataset].folds
@@ -111,7 +127,7 @@ def parse(argv):
 
 def check(options, parts):
     """Refuses what cannot work, before any work. -> the folds to run."""
-    least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1}
+    least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1, "workers": 1}
     for name, smallest in least.items():
         if getattr(options, name) is not None and getattr(options, name) < smallest:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {smallest}")
@@ -120,7 +136,7 @@ def check(options, parts):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
     try:
         with torch.device("meta"):
-            network(options)
+            network(options, 2)
     except ValueError as error:
         raise InputError(str(error)) from None
     try:
@@ -131,9 +147,9 @@ def check(options, parts):
     return sorted(set(chosen))
 
 
-def network(options, genotype=None):
-    sizes = {name: getattr(options, name) for name in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")}
-    return Network(classes=len(CLASSES), seq_space=options.seq_space, genotype=genotype, **sizes)
+def network(options, classes, genotype=None):
+    sizes = {name: getattr(options, name) for name in NETWORK_SIZES}
+    return Network(classes=classes, seq_space=options.seq_space, genotype=genotype, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,21 +157,56 @@ def network(options, genotype=None):
 
 
 class Data:
-    """The windows on the device, standardised with the statistics of one fold's training speakers."""
+    """The windows of a corpus: on the device when they fit there, otherwise read from the memory map batch by batch.
 
-    def __init__(self, store, labels, device):
-        self.store, self.labels, self.device = store, np.asarray(labels), device
-        self.features = torch.from_numpy(np.array(store.features)).to(device)  # (windows, F, T)
+    `classes` are those of the network. Before the first batch, `standardise_by` (or `standardise_like`) must say whose
+    statistics count.
+    """
 
-    def standardise_by(self, utterances):
-        """Mean and deviation of each coefficient, (F, 1), over the windows of `utterances`."""
+    def __init__(self, listing, store, classes, normalise, device):
+        self.listing, self.store, self.normalise, self.device = listing, store, normalise, device
+        self.classes, self.labels = classes, np.array([classes.index(u.label) for u in listing.utterances])
+        self.features = torch.from_numpy(store.features)  # (windows, F, T) float16
+        if device.type == "cuda" and store.features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+            self.features = self.features.to(device)
+        # Mean of x and of x^2 over the time of each window: all windows are equally long, so that the statistics of any
+        # set of windows are means of these. One pass over the store, whatever the number of folds.
+        parts = (self.features[k : k + 512].float() for k in range(0, len(self.features), 512))
+        self.moments = torch.cat([torch.stack([x.mean(2), x.square().mean(2)], 1).cpu() for x in parts])  # (windows, 2, F)
+
+    def statistics(self, utterances):
+        """-> mean and deviation of each coefficient over the utterances, (F,) each."""
         window, _ = self.store.windows_of(utterances)
-        self.std, self.mean = torch.std_mean(self.features[torch.from_numpy(window)], dim=(0, 2), correction=0)
-        self.mean, self.std = self.mean[:, None], self.std.clamp(min=1e-5)[:, None]
+        mean, square = self.moments[torch.from_numpy(window)].double().mean(0)  # (2, F)
+        return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
+
+    def standardise_by(self, train):
+        """Statistics of the training utterances, or with normalise="speaker" of each speaker's own."""
+        self.row = torch.zeros(len(self.features), dtype=torch.long)  # of each window in `mean` and `std`
+        if self.normalise == "speaker":
+            own = {}
+            for i, u in enumerate(self.listing.utterances):
+                if i not in self.store.bad:
+                    own.setdefault(u.speaker, []).append(i)
+            for k, members in enumerate(own.values()):
+                self.row[torch.from_numpy(self.store.windows_of(members)[0])] = k
+            statistics = [self.statistics(members) for members in own.values()]
+        else:
+            statistics = [self.statistics(train)]
+        self.mean, self.std = (torch.stack(part).to(self.device) for part in zip(*statistics))  # (1 or speakers, F)
+
+    def standardise_like(self, other):
+        """For another corpus: the statistics that a model was trained with."""
+        if self.normalise == "speaker":
+            self.standardise_by(None)
+        else:
+            self.row, self.mean, self.std = torch.zeros(len(self.features), dtype=torch.long), other.mean, other.std
 
     def batch(self, windows):
         """Indices of windows -> (N, 1, F, T)."""
-        return ((self.features[windows.to(self.device)] - self.mean) / self.std)[:, None]
+        x = self.features[windows.to(self.features.device)].to(self.device, torch.float32)
+        row = self.row[windows].to(self.device)
+        return ((x - self.mean[row][:, :, None]) / self.std[row][:, :, None])[:, None]
 
     def batches(self, utterances, steps):
         """All windows of `utterances`, shuffled, in `steps` batches of equal size: pairs (x, target)."""
@@ -170,12 +221,12 @@ class Data:
         return -(-len(self.store.windows_of(utterances)[0]) // batch)
 
     def class_weights(self, utterances):
-        """Inverse class frequencies with mean 1 over the utterances, (classes,)."""
-        counts = np.bincount(self.labels[utterances], minlength=len(CLASSES))
+        """Inverse class frequencies, (classes,); their mean over the utterances is 1."""
+        counts = np.bincount(self.labels[utterances], minlength=len(self.classes))
         if not counts.all():
-            missing = ", ".join(c for c, n in zip(CLASSES, counts) if n == 0)
+            missing = ", ".join(c for c, n in zip(self.classes, counts) if n == 0)
             raise InputError(f"no training utterance is {missing}; every class needs one in every training set")
-        return torch.tensor(len(utterances) / (len(CLASSES) * counts), dtype=torch.float32, device=self.device)
+        return torch.tensor(len(utterances) / (len(self.classes) * counts), dtype=torch.float32, device=self.device)
 
 
 def halves(utterances, labels):
@@ -194,9 +245,9 @@ def seed(options, fold, stage):
 # Metrics: always from one confusion matrix over a whole test fold.
 
 
-def confusion_matrix(labels, predicted):
-    """(classes, classes), rows the true classes, columns the predicted ones."""
-    matrix = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
+def confusion_matrix(labels, predicted, classes):
+    """(classes, classes), rows the true classes, columns the predicted ones. `classes`: how many there are."""
+    matrix = np.zeros((classes, classes), dtype=int)
     np.add.at(matrix, (labels, predicted), 1)
     return matrix
 
@@ -261,7 +312,7 @@ def train(net, data, train, validation, options, log):
         for x, target in data.batches(train, steps):
             total += weight_step(net, F.cross_entropy(net(x), target, class_weights), optimizer, options.clip)
         schedule.step()
-        seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1))
+        seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
         log(
             stage="train", epoch=epoch + 1, lr=lr, loss=total / steps, val_ua=ua(seen), val_wa=wa(seen),
             seconds=time.perf_counter() - started,
@@ -297,8 +348,9 @@ def entropy(net):
     return torch.cat(parts).mean().item()
 
 
-def run_fold(k, fold, data, utterances, options, folder, progress):
-    """One fold from search to test. Writes its files to `folder`; -> its entry in results.json."""
+def fit(k, fold, data, options, folder, progress):
+    """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json, log.csv and model.pt.
+    -> (the network, what results.json says of it)."""
     folder.mkdir(parents=True, exist_ok=True)
     data.standardise_by(fold.train)
     columns = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")
@@ -313,7 +365,7 @@ def run_fold(k, fold, data, utterances, options, folder, progress):
 
         started = time.perf_counter()
         seed(options, k, 0)
-        supernet = network(options).to(data.device, memory_format=torch.channels_last)
+        supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
         search(supernet, data, fold.train, options, log)
         genotype = derive(supernet)
         searched = time.perf_counter()
@@ -321,41 +373,29 @@ def run_fold(k, fold, data, utterances, options, folder, progress):
         progress.say(f"fold {k}: found in {searched - started:.0f} s\n{genotype}")
 
         seed(options, k, 1)
-        net = network(options, genotype).to(data.device, memory_format=torch.channels_last)
+        net = network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
         epoch = train(net, data, fold.train, fold.validation, options, log)
         trained = time.perf_counter()
 
     torch.save(
         {
             "format": "emodarts-1",
-            "sizes": {n: getattr(options, n) for n in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")},
+            "sizes": {name: getattr(options, name) for name in NETWORK_SIZES},
             "genotype": genotype.to_json(),
-            "classes": list(CLASSES),
+            "classes": list(data.classes),
             "features": asdict(feature_settings(options)),
-            "mean": data.mean.cpu(),
-            "std": data.std.cpu(),
+            "normalise": options.normalise,
+            "statistics": None if options.normalise == "speaker" else {"mean": data.mean.cpu().T, "std": data.std.cpu().T},  # (F, 1)
             "weights": {name: t.cpu().contiguous() for name, t in net.state_dict().items()},
-            "trained_on": {"dataset": options.dataset, "speakers": speakers(utterances, fold.train), "epoch": epoch},
+            "trained_on": {
+                "dataset": options.dataset, "protocol": options.protocol, "epoch": epoch,
+                "speakers": speakers(data.listing, fold.train), "validation": speakers(data.listing, fold.validation),
+            },
         },
         folder / "model.pt",
-    )
-    # Everything is chosen: the test speakers are scored, once.
-    logits = predict(net, data, fold.test)
-    confusion = confusion_matrix(data.labels[fold.test], logits.argmax(1))
-    probabilities = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["utterance", "label", "predicted", *CLASSES])
-        for i, p in zip(fold.test, probabilities):
-            rows.writerow([utterances[i].path.name, utterances[i].label, CLASSES[p.argmax()], *(f"{v:.6f}" for v in p)])
-    return {
-        "fold": k,
-        "test": speakers(utterances, fold.test),
-        "validation": speakers(utterances, fold.validation),
-        "ua": ua(confusion),
-        "wa": wa(confusion),
-        "confusion": confusion.tolist(),
+    )  # fmt: skip
+    return net, {
+        "validation": speakers(data.listing, fold.validation),
         "epoch": epoch,
         "genotype": json.loads(genotype.to_json()),
         "parameters": sum(p.numel() for p in net.weights()),
@@ -363,12 +403,27 @@ def run_fold(k, fold, data, utterances, options, folder, progress):
     }
 
 
+def score(net, data, members, file):
+    """Scores utterances once, and writes a row for each. -> what results.json says of them."""
+    logits = predict(net, data, members)
+    confusion = confusion_matrix(data.labels[members], logits.argmax(1), len(data.classes))
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    with open(file, "w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["utterance", "label", "predicted", *data.classes])
+        for i, p in zip(members, probabilities):
+            u = data.listing.utterances[i]
+            rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.6f}" for v in p)])
+    return {"test": speakers(data.listing, members), "ua": ua(confusion), "wa": wa(confusion), "confusion": confusion.tolist()}
+
+
 def feature_settings(options):
     return features.Settings(options.coefficients, options.window, options.padding)
 
 
-def speakers(utterances, members):
-    return sorted({utterances[i].speaker for i in members})
+def speakers(listing, members):
+    return sorted({listing.utterances[i].speaker for i in members})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,11 +483,15 @@ def summary(runs):
 
 def table(runs):
     """The table that a run ends with, in percent."""
-    wide = max(10, *(len(" ".join(run[side])) for run in runs for side in ("test", "validation")))
+
+    def names(people):
+        return " ".join(people) if len(people) < 5 else f"{len(people)} speakers"
+
+    wide = max(10, *(len(names(run[side])) for run in runs for side in ("test", "validation")))
     yield f"{'fold':6} {'test':{wide}} {'validation':{wide}} {'utterances':>10} {'UA':>6} {'WA':>6} {'parameters':>11} {'search':>8} {'training':>8}"
     for run in runs:
         yield (
-            f"{run['fold']:<6} {' '.join(run['test']):{wide}} {' '.join(run['validation']):{wide}} {np.sum(run['confusion']):>10} "
+            f"{run['fold']:<6} {names(run['test']):{wide}} {names(run['validation']):{wide}} {np.sum(run['confusion']):>10} "
             f"{100 * run['ua']:6.1f} {100 * run['wa']:6.1f} {run['parameters']:>11,} "
             f"{run['seconds']['search']:>6.0f} s {run['seconds']['training']:>6.0f} s"
         )
@@ -451,8 +510,8 @@ def estimate(options, data, parts, chosen):
             steps["train"] += options.epochs * data.steps(parts[k].train, options.batch)
         data.standardise_by(parts[chosen[0]].train)
         batch = next(data.batches(parts[chosen[0]].train, data.steps(parts[chosen[0]].train, options.batch)))
-        supernet = network(options).to(data.device, memory_format=torch.channels_last)
-        derived = network(options, derive(supernet)).to(data.device, memory_format=torch.channels_last)
+        supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
+        derived = network(options, len(data.classes), derive(supernet)).to(data.device, memory_format=torch.channels_last)
         architect = Architect(supernet, F.cross_entropy, order=options.order)
         seconds = {}
         for stage, net in (("train", derived), ("search", supernet)):
@@ -507,37 +566,73 @@ def pick_device(name):
 
 def run(argv):
     options = parse(argv)
-    root, utterances = features.read_corpus(options.dataset, options.root)
-    parts = features.folds(utterances)
-    chosen = check(options, parts)
+    listing = features.read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
+    chosen = check(options, features.folds(listing))  # what cannot work is refused before any work
+    other = None
+    if options.test_dataset:
+        other = features.read_corpus(options.test_dataset, options.test_root, options.classes, strict=options.strict)
+        if not set(other.classes) <= set(listing.classes):
+            raise InputError(
+                f"{options.test_dataset} has the classes {', '.join(other.classes)}, and {options.dataset} those to train on: "
+                f"{', '.join(listing.classes)}; every class that is tested must be trained"
+            )
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
     folder = run_folder(options, settings)
-
     progress = Progress(options, chosen)
-    store = features.load(
-        root, utterances, feature_settings(options), options.cache, options.dataset,
-        progress=lambda text: progress.terminal and progress.say(text, passing=True),
-    )  # fmt: skip
-    print(f"{options.dataset}: {len(utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {len(speakers(utterances, range(len(utterances))))} "
-          f"speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; results go to {folder}")  # fmt: skip
+
+    def data_of(listing):
+        store = features.load(
+            listing, feature_settings(options), options.cache, options.workers, options.skip_bad,
+            lambda text: progress.terminal and progress.say(text, passing=True),
+        )  # fmt: skip
+        return Data(listing, store, classes, options.normalise, device)
+
+    classes = listing.classes
+    data, other = data_of(listing), other and data_of(other)
+    parts = features.folds(listing, data.store.bad)
+    print(f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
+          f"{len({u.speaker for u in listing.utterances})} speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; "
+          f"results go to {folder}")  # fmt: skip
+    notes = []
     if options.dataset == "smoke":
-        print("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
-    data = Data(store, [CLASSES.index(u.label) for u in utterances], device)
+        notes.append("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
+    if options.normalise == "speaker":
+        notes.append("normalised by each speaker's own statistics, which uses the test speakers' unlabelled audio")
+    if data.store.bad:
+        notes.append(f"{len(data.store.bad)} recordings cannot be used and were skipped; results.json names them")
+    print(*notes, sep="\n", end="\n" * bool(notes))
     if options.scale == "paper" and device.type == "cpu":
         print("paper scale without a GPU: measuring one step ...", flush=True)
         total, seconds = estimate(options, data, parts, chosen)
         print(f"this will take about {duration(total)} ({seconds['search']:.1f} s a search step, {seconds['train']:.1f} s a training step)")
 
-    runs = []
+    results = {
+        "dataset": options.dataset, "protocol": options.protocol, "classes": list(classes), "normalise": options.normalise,
+        "skipped": list(data.store.bad.values()), "notes": notes,
+    }  # fmt: skip
+    runs, cross, before = [], [], None
     for k in chosen:
-        runs.append(run_fold(k, parts[k], data, utterances, options, folder / f"fold{k}", progress))
-        results = {"dataset": options.dataset, "classes": list(CLASSES), **summary(runs), "folds": runs}
+        sides, place = (parts[k].train, parts[k].validation), folder / f"fold{k}"
+        if sides != before:  # MSP-Podcast's test sets are scored by one and the same network
+            net, about = fit(k, parts[k], data, options, place, progress)
+            before = sides
+        place.mkdir(exist_ok=True)
+        # Everything is chosen: the test speakers are scored, once.
+        runs.append({"fold": k, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
+        results.update(summary(runs), folds=runs)
+        if other:
+            other.standardise_like(data)
+            members = [i for i in range(len(other.labels)) if i not in other.store.bad]
+            cross.append({"fold": k, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
+            results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     progress.say("")
-    print(*table(runs), sep="\n")
+    print(f"{options.dataset}, protocol {options.protocol}", *table(runs), *notes, sep="\n")
+    if other:
+        print(f"\ntested on the whole of {options.test_dataset}", *table(cross), sep="\n")
     print(f"results, genotypes, logs, models and predictions are in {folder}")
 
 

@@ -151,7 +151,7 @@ def index_msp_improv(root):
             match = re.fullmatch("UTD" + name + r"\.avi", fields[0], re.IGNORECASE)
             if match and len(fields) > 1:
                 speaker = match[1].upper() + match[2]
-                yield Utterance(wavs.get("MSP" + fields[0][3:-4].upper()), fields[1], speaker, group=f"session {int(match[2])}")
+                yield Utterance(wavs.get("MSP" + fields[0][3:-4].upper()), fields[1].upper(), speaker, group=f"session {int(match[2])}")
 
 
 def index_msp_podcast(root):
@@ -171,18 +171,20 @@ def index_csv(file):
     if not file.is_file():
         raise InputError(f"no file {file}; --dataset csv wants one with the columns path,label,speaker and perhaps split, named with --root FILE")
     table = list(rows(file, "path", "label", "speaker"))
+    if not table:
+        raise InputError(f"{file} has a header and no row; expected one for each recording")
     official = any(row.get("split") for row in table)
     for row in table:
         for column in ("path", "label", "speaker"):
             if not row[column]:
                 raise InputError(f"{file}: the row of {row['path'] or 'an unnamed file'} has no {column}; every row needs one")
-        if official and row["split"] not in ("train", "validation", "test"):
+        if official and row["split"].lower() not in ("train", "validation", "test"):
             raise InputError(f"{file}: unknown split {row['split']!r} of {row['path']}; known: train, validation, test")
     missing = [row["path"] for row in table if not (file.parent / row["path"]).is_file()]
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not there: {listed(missing)}; looked for them from {file.parent}")
     for row in table:
-        yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=row["split"] if official else None)
+        yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=row["split"].lower() if official else None)
 
 
 def generate_smoke(root):
@@ -252,7 +254,7 @@ class Corpus:
     source: str  # where it comes from
     looked_for: str  # what the index looks for, said when nothing was found
     labels: dict = None  # code -> class; other codes are dropped; None: codes are classes
-    expected: dict = None  # version -> known counts, named as in `count`
+    expected: dict = None  # version -> known counts, named as in `compare_counts`
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
     paper: Protocol = None  # the emoDARTS authors' own
@@ -318,7 +320,7 @@ CORPORA = {
         scale="paper",
         paper=Protocol(paper_msp_podcast, at_most=10000),
     ),
-    "csv": Corpus(index_csv, "your own", "rows in it"),
+    "csv": Corpus(index_csv, "your own", "the files that it names"),
 }
 
 
@@ -328,21 +330,19 @@ def listed(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_counts(dataset, utterances):
-    """Compares all labelled recordings of a corpus, whatever classes and protocol are asked for, with the known counts.
-    -> (lines that say both, whether some version fits)."""
+def compare_counts(dataset, utterances):
+    """Compares all labelled recordings of a corpus, whatever classes and protocol are asked for, with the known version
+    that is nearest. -> (text with both numbers, whether they agree)."""
     corpus, found = CORPORA[dataset], Counter(recordings=len(utterances))
     for u in utterances:
         found[f"{u.split} of any label"] += 1
         if corpus.labels and corpus.labels.get(u.label) in CLASSES:
             found.update((corpus.labels[u.label], u.split))
-    expected = corpus.expected or {}
-    names = dict.fromkeys(name for numbers in expected.values() for name in numbers)
-    said = ["found " + ", ".join(f"{found[name]} {name}" for name in names or ("recordings",))]
-    for version, numbers in expected.items():
-        said.append(f"expected {', '.join(f'{n} {name}' for name, n in numbers.items())}" + (f" (version {version})" if version else ""))
-    fits = any(all(found[name] == n for name, n in numbers.items()) for numbers in expected.values())
-    return said, fits or not expected
+    if not corpus.expected:
+        return f"found {len(utterances)} recordings", True
+    version, known = min(corpus.expected.items(), key=lambda item: sum(abs(found[name] - n) for name, n in item[1].items()))
+    both = [", ".join(f"{numbers[name]} {name}" for name in known) for numbers in (found, known)]
+    return f"found {both[0]}; expected {both[1]}" + (f" (version {version})" if version else ""), both[0] == both[1]
 
 
 def grouped(utterances):
@@ -366,7 +366,7 @@ class Listing:
     root: Path
     classes: tuple  # names of the classes, sorted
     utterances: list  # of Utterance, sorted by path
-    counts: list  # lines: what was found and what was expected
+    counts: str  # what was found and what was expected
 
     def name(self, utterance):
         """Path relative to the root, where it is below it."""
@@ -398,8 +398,8 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
             f"no utterance of {dataset} in {root} ({there}); looked for {corpus.looked_for}. "
             f"{dataset} is {corpus.source}. Put it there, or name its folder with --root DIR"
         )
-    said, fits = check_counts(dataset, recorded)
-    warn = [] if fits else [f"{dataset}: {'; '.join(said)}"]
+    counts, agree = compare_counts(dataset, recorded)
+    warn = [] if agree else [f"{dataset}: {counts}"]
     if len(recorded) < len(labelled):
         warn.append(f"{dataset}: {len(labelled) - len(recorded)} of {len(labelled)} labels have no recording in {root}; going on without them")
     if warn and strict:
@@ -415,10 +415,9 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
     names = tuple(sorted({u.label for u in utterances}))
     if len(names) < 2:
         raise InputError(f"{root}: found {len(utterances)} utterances of {listed(names) or 'no class'}; expected at least two classes")
-    names = CLASSES if keep == CLASSES else names
-    if dataset == "csv":
-        root = root.parent
-    return Listing(dataset, protocol, root, names, utterances, said)
+    return Listing(
+        dataset, protocol, root.parent if dataset == "csv" else root, CLASSES if keep == CLASSES else names, utterances, counts
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -441,6 +440,8 @@ def folds(listing, without=()):
     else:
         plan = [(set(names) - {test, validation}, validation, test) for test, validation in zip(names, names[1:] + names[:1])]
         plan = [sides for sides in plan if sides[2] in (protocol.tests or names)]
+    if not plan or len(names) < 3:
+        raise InputError(f"found {len(names)} part(s) of {listing.dataset} ({listed(names)}); a fold needs one to train, one to validate, one to test")
     made = []
     for k, (train, validation, test) in enumerate(plan):
         sides = [[i for i in part if part[i] in side] for side in (train, (validation,), (test,))]
@@ -449,15 +450,13 @@ def folds(listing, without=()):
                 sides[s] = sorted(random.Random(f"fold {k}, side {s}").sample(side, protocol.at_most))
         made.append(Fold(*sides))
         check_fold(listing.utterances, made[k], k)
-    if not made or len(names) < 3:
-        raise InputError(f"found {len(names)} part(s) of {listing.dataset} ({listed(names)}); a fold needs one to train, one to validate, one to test")
     return made
 
 
 def check_fold(utterances, fold, k=0):
     """Raises InputError where a side is empty or a known speaker is on two sides."""
     side_of = {}
-    for side, members in asdict(fold).items():
+    for side, members in vars(fold).items():
         if not members:
             raise InputError(f"fold {k} has no {side} utterance; every fold needs all of train, validation and test")
         for i in members:
@@ -712,7 +711,7 @@ def describe(listing, parts, store):
         f"{listing.dataset}, protocol {listing.protocol}: {len(listing.utterances)} utterances, "
         f"{store.seconds.sum() / 60:.1f} minutes, {len(store.features)} windows"
     )
-    yield from (f"corpus    {text}" for text in listing.counts)
+    yield f"corpus    {listing.counts}"
     yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in listing.classes)
     yield f"speakers  {len(speakers)}: {listed(speakers, 24)}" + (f"; {unknown} utterances of speakers that are not told apart" if unknown else "")
     for k, fold in enumerate(parts):
@@ -731,7 +730,7 @@ def main(argv=None):
     parser.add_argument("--dataset", default="smoke", help=f"one of: {', '.join(CORPORA)} (default: smoke)")
     parser.add_argument("--root", help="folder of the corpus, or the file of csv (default: data/DATASET)")
     parser.add_argument("--cache", default="cache", help="folder of the computed features (default: cache)")
-    parser.add_argument("--classes", default="four", help="four, or all that the corpus labels (default: four)")
+    parser.add_argument("--classes", default="four", help="four, or all that the corpus labels; those of a csv are always all (default: four)")
     parser.add_argument("--protocol", default="standard", help="standard, or paper: the emoDARTS authors' own (default: standard)")
     parser.add_argument("--strict", action="store_true", help="refuse a corpus with other counts than the known ones")
     parser.add_argument("--skip-bad", action="store_true", help="go on without recordings that cannot be used")

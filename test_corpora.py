@@ -269,7 +269,7 @@ def test_csv_with_an_official_split(tmp_path):
         ("path,label,speaker\ngone.wav,x,1\n", "names 1 files that are not there: gone.wav"),
         ("path,label,speaker\ngone.wav,,1\n", "gone.wav has no label"),
         ("path,label,speaker,split\na.wav,x,1,dev\n", "unknown split 'dev' of a.wav; known: train, validation, test"),
-        ("path,label,speaker\n", "no utterance of csv"),
+        ("path,label,speaker\n", "has a header and no row"),
     ],
 )
 def test_csv_errors(tmp_path, text, said):
@@ -292,7 +292,7 @@ def test_counts_are_compared(tmp_path, capsys):
     assert len(read_corpus("emodb", tmp_path).utterances) == 338
     said = capsys.readouterr().err
     assert "found 126 angry" in said and "expected 127 angry" in said
-    with pytest.raises(InputError, match="found 126 angry.*expected 127 angry.*expected 816 recordings"):
+    with pytest.raises(InputError, match="found 126 angry.*expected 127 angry"):
         read_corpus("emodb", tmp_path, strict=True)
 
 
@@ -333,7 +333,7 @@ def test_index_as_json(tmp_path, capsys):
     index = json.loads((tmp_path / "i.json").read_text())
     assert index["dataset"] == "emodb" and len(index["utterances"]) == 6
     assert {"path": "wav/08a01Ta.wav", "label": "sad", "speaker": "08", "fold": 1}.items() <= index["utterances"][2].items()
-    assert "found 3 angry" in capsys.readouterr().out
+    assert "corpus    found 3 angry" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_all_bad_files_are_named_at_once(tmp_path):
 
 def corpus_of(root, files):
     for n in range(files):
-        tone(root / "wav" / f"{n % 3 + 3:02}a{n % 100:02}{'WFNT'[n // 100]}a.wav", 0.1 if n % 40 else 17, frequency=100 + n)
+        tone(root / "wav" / f"{n % 3 + 3:02}a{n // 4:02}{'WFNT'[n % 4]}a.wav", 0.1 if n % 40 else 17, frequency=100 + n)
     return read_corpus("emodb", root)
 
 
@@ -494,14 +494,14 @@ def test_workers_that_were_killed_and_started_again_write_the_same_bytes(tmp_pat
         "import features\n"
         "if __name__ == '__main__':\n"
         "    features.POOLED = 0\n"
-        "    die = lambda text: text.startswith('features 64') and sys.argv[1] == 'die' and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    die = lambda text: text.startswith('features 64') and os.kill(os.getpid(), signal.SIGKILL)\n"
         f"    features.load(features.read_corpus('emodb', {str(tmp_path)!r}), cache={str(tmp_path / 'killed')!r}, workers=2, progress=die)\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run([sys.executable, script, "die"], env=environment, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    assert [path.suffix for path in (tmp_path / "killed").iterdir()] == [".part"]
-    assert subprocess.run([sys.executable, script, "live"], env=environment, stderr=subprocess.DEVNULL).returncode == 0
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    killed = subprocess.run([sys.executable, script], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL and [path.suffix for path in (tmp_path / "killed").iterdir()] == [".part"]
+    said = []
+    load(listing, cache=tmp_path / "killed", progress=said.append)
+    assert said[0].startswith("features 96/130") and content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name, data", [("store.json", b"[]"), ("store.json", b"{"), ("features.npy", b""), ("features.npy", b"\x93NUMPY garbage")])

@@ -169,7 +169,7 @@ def index_msp_podcast(root):
 def index_csv(file):
     """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
     if not file.is_file():
-        raise InputError(f"no file {file}; --dataset csv wants one with the columns path,label,speaker and perhaps split, named with --root FILE")
+        raise InputError(f"no file {file}; csv wants one with the columns path,label,speaker and perhaps split, named with --root FILE")
     table = list(rows(file, "path", "label", "speaker"))
     if not table:
         raise InputError(f"{file} has a header and no row; expected one for each recording")
@@ -370,8 +370,8 @@ class Listing:
 
     def name(self, utterance):
         """Path relative to the root, where it is below it."""
-        below = utterance.path.is_relative_to(self.root)
-        return (utterance.path.relative_to(self.root) if below else utterance.path).as_posix()
+        path = utterance.path
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
 
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=False):
@@ -379,9 +379,10 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
 
     Raises InputError for an unknown dataset, choice of classes or protocol, and for a root at which nothing is found.
     """
-    for value, known, what in ((dataset, CORPORA, "dataset"), (classes, ("four", "all"), "classes"), (protocol, ("standard", "paper"), "protocol")):
-        if value not in known:
-            raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    known = {"dataset": CORPORA, "classes": ("four", "all"), "protocol": ("standard", "paper")}
+    for what, value in (("dataset", dataset), ("classes", classes), ("protocol", protocol)):
+        if value not in known[what]:
+            raise InputError(f"unknown {what} {value!r}; known: {', '.join(known[what])}")
     corpus = CORPORA[dataset]
     if protocol == "paper" and not corpus.paper:
         raise InputError(f"{dataset} has no protocol 'paper'; these have: {', '.join(d for d in CORPORA if CORPORA[d].paper)}")
@@ -401,7 +402,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
     counts, agree = compare_counts(dataset, recorded)
     warn = [] if agree else [f"{dataset}: {counts}"]
     if len(recorded) < len(labelled):
-        warn.append(f"{dataset}: {len(labelled) - len(recorded)} of {len(labelled)} labels have no recording in {root}; going on without them")
+        warn.append(f"{dataset}: {len(labelled) - len(recorded)} of {len(labelled)} labels have no recording in {root}; they are left out")
     if warn and strict:
         raise InputError("; ".join(warn))
     for text in warn:
@@ -415,9 +416,8 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
     names = tuple(sorted({u.label for u in utterances}))
     if len(names) < 2:
         raise InputError(f"{root}: found {len(utterances)} utterances of {listed(names) or 'no class'}; expected at least two classes")
-    return Listing(
-        dataset, protocol, root.parent if dataset == "csv" else root, CLASSES if keep == CLASSES else names, utterances, counts
-    )  # fmt: skip
+    names = CLASSES if keep == CLASSES else names  # four are four, whatever a part of a corpus holds
+    return Listing(dataset, protocol, root if root.is_dir() else root.parent, names, utterances, counts)
 
 
 @dataclass(frozen=True)
@@ -441,7 +441,7 @@ def folds(listing, without=()):
         plan = [(set(names) - {test, validation}, validation, test) for test, validation in zip(names, names[1:] + names[:1])]
         plan = [sides for sides in plan if sides[2] in (protocol.tests or names)]
     if not plan or len(names) < 3:
-        raise InputError(f"found {len(names)} part(s) of {listing.dataset} ({listed(names)}); a fold needs one to train, one to validate, one to test")
+        raise InputError(f"found {len(names)} part(s) of {listing.dataset}: {listed(names)}; a fold needs three: to train, to validate, to test")
     made = []
     for k, (train, validation, test) in enumerate(plan):
         sides = [[i for i in part if part[i] in side] for side in (train, (validation,), (test,))]
@@ -516,10 +516,10 @@ def read_wav(path):
         samples = (samples.astype(np.float32) - 128) / 128
     elif samples.dtype.kind == "i":  # scipy gives 24 bits as the upper ones of 32
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    if samples.ndim == 2:  # (samples, channels)
-        samples = samples.mean(axis=1)
     if not np.abs(samples).max() < 1e9:  # not true of NaN
         raise InputError(f"{path}: holds samples that are not finite")
+    if samples.ndim == 2:  # (samples, channels)
+        samples = samples.mean(axis=1)
     if rate != RATE:
         common = math.gcd(rate, RATE)
         samples = scipy.signal.resample_poly(samples, RATE // common, rate // common)
@@ -574,8 +574,8 @@ class Store:
         return window, np.repeat(np.arange(len(utterances)), counts[utterances])
 
 
-STORED = np.dtype("<f2")  # half the disk of float32, and still finer than the features are: a thousandth of their value
-CHUNK, POOLED = 32, 1000  # recordings that are computed at a time; from how many on worker processes are worth their start
+STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
+CHUNK, POOLED = 32, 2000  # recordings that are computed at a time; from how many on worker processes are worth their start
 
 
 def compute_chunk(paths, settings):
@@ -640,10 +640,13 @@ def build(folder, paths, settings, workers, skip_bad, progress):
         size, position, done = len(header(0, settings)), 0, []
         room = features.seek(0, os.SEEK_END)
         for line in journal.readlines():
-            chunk = json.loads(line) if line.endswith(b"]\n") else []
+            try:
+                chunk = json.loads(line if line.endswith(b"\n") else b"")
+            except ValueError:
+                break  # cut off in the middle
             size_then = size + sum(n for n, _, _ in chunk) * math.prod(settings.shape) * STORED.itemsize
-            if not chunk or size_then > room or not skip_bad and any(why for _, _, why in chunk):
-                break  # cut off in the middle; or files that may be better by now
+            if size_then > room or not skip_bad and any(why for _, _, why in chunk):
+                break  # windows that did not reach the disk, or files that may be better by now
             size, position = size_then, position + len(line)
             done += chunk
         journal.seek(position)
@@ -693,8 +696,7 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
             raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it to have them computed again")
     if bad and not (skip_bad and len(bad) < len(paths)):
         raise InputError(
-            f"{len(bad)} of {len(paths)} recordings of {listing.dataset} cannot be used; repair them, or go on without them with --skip-bad:\n"
-            + "\n".join(f"  {why}" for why in bad.values())
+            "\n  ".join([f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without them with --skip-bad:", *bad.values()])
         )
     return Store(features, first, seconds, bad)
 
@@ -713,7 +715,9 @@ def describe(listing, parts, store):
     )
     yield f"corpus    {listing.counts}"
     yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in listing.classes)
-    yield f"speakers  {len(speakers)}: {listed(speakers, 24)}" + (f"; {unknown} utterances of speakers that are not told apart" if unknown else "")
+    yield f"speakers  {len(speakers)}: {listed(speakers, 24)}"
+    if unknown:
+        yield f"unknown   {unknown} utterances of speakers that are not told apart, on whatever sides they are"
     for k, fold in enumerate(parts):
         sides = (
             f"{side} {listed(sorted({listing.utterances[i].speaker for i in members}))} ({len(members)})"
@@ -730,7 +734,7 @@ def main(argv=None):
     parser.add_argument("--dataset", default="smoke", help=f"one of: {', '.join(CORPORA)} (default: smoke)")
     parser.add_argument("--root", help="folder of the corpus, or the file of csv (default: data/DATASET)")
     parser.add_argument("--cache", default="cache", help="folder of the computed features (default: cache)")
-    parser.add_argument("--classes", default="four", help="four, or all that the corpus labels; those of a csv are always all (default: four)")
+    parser.add_argument("--classes", default="four", help="four, or all that the corpus labels; of a csv always all (default: four)")
     parser.add_argument("--protocol", default="standard", help="standard, or paper: the emoDARTS authors' own (default: standard)")
     parser.add_argument("--strict", action="store_true", help="refuse a corpus with other counts than the known ones")
     parser.add_argument("--skip-bad", action="store_true", help="go on without recordings that cannot be used")

@@ -271,21 +271,21 @@ CORPORA = {
     "emodb": Corpus(
         index_emodb,
         "free, from the authors' site: Burkhardt et al., A Database of German Emotional Speech, Interspeech 2005",
-        "files named like 03a01Wa.wav",
+        "files named like 03a01Wa.wav, at most four folders down",
         GERMAN,
         {"": four(127, 71, 79, 62), "2.0": {"recordings": 816}},
     ),
     "ravdess": Corpus(
         index_ravdess,
         "free, zenodo.org/records/1188976: Livingstone and Russo, PLoS ONE 13(5), 2018",
-        "files named like 03-01-05-01-02-01-18.wav",
+        "files named like 03-01-05-01-02-01-18.wav, at most four folders down",
         {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fear", "07": "disgust", "08": "surprise"},
         {"": four(192, 192, 96, 192, recordings=1440)},
     ),
     "crema-d": Corpus(
         index_crema_d,
         "free, github.com/CheyneyComputerScience/CREMA-D: Cao et al., IEEE Transactions on Affective Computing 5(4), 2014",
-        "files named like 1001_DFA_ANG_XX.wav",
+        "files named like 1001_DFA_ANG_XX.wav, at most four folders down",
         dict(ANG="angry", DIS="disgust", FEA="fear", HAP="happy", NEU="neutral", SAD="sad"),
         {"": four(1271, 1271, 1087, 1271, recordings=7442)},
     ),
@@ -427,6 +427,7 @@ class Fold:
     train: list
     validation: list
     test: list
+    name: str  # of the group, or of the official set, that tests
 
 
 def folds(listing, without=()):
@@ -441,14 +442,14 @@ def folds(listing, without=()):
         plan = [(set(names) - {test, validation}, validation, test) for test, validation in zip(names, names[1:] + names[:1])]
         plan = [sides for sides in plan if sides[2] in (protocol.tests or names)]
     if not plan or len(names) < 3:
-        raise InputError(f"found {len(names)} part(s) of {listing.dataset}: {listed(names)}; a fold needs three: to train, to validate, to test")
+        raise InputError(f"found {len(names)} part(s) of {listing.dataset}: {listed(names)}; a fold needs three: to train, validate, test")
     made = []
     for k, (train, validation, test) in enumerate(plan):
         sides = [[i for i in part if part[i] in side] for side in (train, (validation,), (test,))]
         for s, side in enumerate(sides):
             if protocol.at_most and len(side) > protocol.at_most:
                 sides[s] = sorted(random.Random(f"fold {k}, side {s}").sample(side, protocol.at_most))
-        made.append(Fold(*sides))
+        made.append(Fold(*sides, test))
         check_fold(listing.utterances, made[k], k)
     return made
 
@@ -456,7 +457,8 @@ def folds(listing, without=()):
 def check_fold(utterances, fold, k=0):
     """Raises InputError where a side is empty or a known speaker is on two sides."""
     side_of = {}
-    for side, members in vars(fold).items():
+    for side in ("train", "validation", "test"):
+        members = getattr(fold, side)
         if not members:
             raise InputError(f"fold {k} has no {side} utterance; every fold needs all of train, validation and test")
         for i in members:
@@ -673,12 +675,21 @@ def build(folder, paths, settings, workers, skip_bad, progress):
         return bad
 
 
+def stamp(path):
+    """Size and time of change; None for a file that is not to be had, such as a link to nowhere."""
+    try:
+        about = path.stat()
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return None
+
+
 def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=False, progress=lambda text: None):
     """-> Store. Computes the features once; later calls find them in `cache`, under a key that covers the settings,
     the files (names, sizes, times of change) and torchaudio's version. Files that cannot be used are an InputError that
     names them all; with `skip_bad` they are in Store.bad."""
     paths = [u.path for u in listing.utterances]
-    files = [[listing.name(u), about.st_size, about.st_mtime_ns] for u in listing.utterances for about in [u.path.stat()]]
+    files = [(listing.name(u), stamp(u.path)) for u in listing.utterances]
     key = json.dumps([2, torchaudio.__version__, asdict(settings), files])
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     bad = {} if folder.exists() else build(folder, paths, settings, workers or os.cpu_count(), skip_bad, progress)
@@ -695,9 +706,8 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
         if not ok:
             raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it to have them computed again")
     if bad and not (skip_bad and len(bad) < len(paths)):
-        raise InputError(
-            "\n  ".join([f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without them with --skip-bad:", *bad.values()])
-        )
+        said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without them with --skip-bad:"
+        raise InputError("\n  ".join([said, *bad.values()]))
     return Store(features, first, seconds, bad)
 
 
@@ -723,7 +733,7 @@ def describe(listing, parts, store):
             f"{side} {listed(sorted({listing.utterances[i].speaker for i in members}))} ({len(members)})"
             for side, members in (("test", fold.test), ("validation", fold.validation))
         )
-        yield f"fold {k:<4}  {', '.join(sides)}, training {len(fold.train)}"
+        yield f"fold {k:<4}  holds out {fold.name}: {', '.join(sides)}, training {len(fold.train)}"
     if store.bad:
         yield f"skipped   {len(store.bad)} recordings that cannot be used:"
         yield from (f"  {why}" for why in store.bad.values())

@@ -1,28 +1,38 @@
 """Speech emotion corpora in, standardisable MFCC windows out.
 
-    python features.py                                            # generates the smoke test and indexes it
-    python features.py --dataset emodb --root /data/emodb         # what is there: classes, speakers, folds, minutes
-    python features.py --dataset emodb --json index.json          # the same index as a file
+    python features.py                                                  # generates the smoke test and indexes it
+    python features.py --dataset emodb --root /data/emodb               # what is there: counts, speakers, folds, minutes
+    python features.py --dataset iemocap --root /data/IEMOCAP --protocol paper --json index.json
+    python features.py --dataset csv --root mine.csv                    # one's own corpus: path,label,speaker[,split]
 
-A corpus is a function from a folder to a list of `Utterance`, and a row of `CORPORA`. `folds` turns the list into
-speaker-independent folds. `load` computes the windows once and keeps them on disk:
+A corpus is a function that yields `Utterance`s, and a row of `CORPORA`. `folds` turns them into speaker-independent
+folds. `load` computes the windows once and keeps them on disk:
 
-    wav -> mono, 16 kHz -> 8-second windows -> MFCC (128, 512) -> max over 4 frames -> (F, T) = (128, 128), float32
+    wav -> mono, 16 kHz -> 8-second windows -> MFCC (128, 512) -> max over 4 frames -> (F, T) = (128, 128), float16
 """
 
 import argparse
+import csv
+import fcntl
+import functools
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import struct
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -33,6 +43,7 @@ import torchaudio
 from scipy.io import wavfile
 
 CLASSES = ("angry", "happy", "neutral", "sad")
+UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apart
 
 
 class InputError(Exception):
@@ -40,37 +51,140 @@ class InputError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corpora
+# Reading what lies in a corpus' folder
 
 
 @dataclass(frozen=True)
 class Utterance:
-    path: Path
-    label: str
+    path: Path  # None where a label has no recording
+    label: str  # the corpus' own code, until read_corpus puts the name of the class there
     speaker: str
-    group: str  # the unit that the folds hold out: a speaker, a session, a range of speakers
+    group: str = None  # the unit that the folds hold out: a speaker, a session, ...; None: read_corpus makes groups
+    split: str = None  # train, validation, test..., of a corpus that has an official split
 
 
-def files_below(root, name, depth=2):
-    """Files whose name matches the regular expression `name`, at most `depth` folders below `root`; each name once,
-    sorted. Hidden files (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
+def below(root, name, depth=4, folders=False):
+    """Files (or folders) whose name matches the regular expression `name`, each name once, sorted. `depth`: how many
+    folders below the root are looked into; the default is two for the folder that marks a corpus, two for what the free
+    corpora have in it. Hidden names (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
     found = {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        level = len(Path(folder).relative_to(root).parts)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and level < depth)
-        for file in sorted(files):
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = sorted(f for f in inner if not f.startswith("."))
+        for file in inner if folders else sorted(files):
             if not file.startswith(".") and re.fullmatch(name, file, re.IGNORECASE):
-                found.setdefault(file, Path(folder, file))
+                found.setdefault(file.lower(), Path(folder, file))
+        if len(Path(folder).relative_to(root).parts) >= depth:
+            inner.clear()
     return [found[file] for file in sorted(found)]
+
+
+def lines(path):
+    """Lines of a label file, with either line ending, in UTF-8 or else in latin-1."""
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def rows(path, *columns):
+    """Rows of a CSV as dicts, names of columns in lower case, everything stripped. `columns` must be there."""
+    reader = csv.DictReader(lines(path))
+    there = [name.strip().lower() for name in reader.fieldnames or []]
+    missing = [name for name in columns if name not in there]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(missing)}; found {','.join(there) or 'nothing'}, expected {','.join(columns)}")
+    for row in reader:
+        yield {name.strip().lower(): (value or "").strip() for name, value in row.items() if name is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora
 
 
 def index_emodb(root):
     """`03a01Wa.wav`: speaker 03, text a01, emotion W (Wut, anger), version a. A is Angst: fear, not anger."""
-    letters = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad"}
-    for path in files_below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav"):
-        if path.name[5].upper() in letters:
-            speaker = path.name[:2]
-            yield Utterance(path, letters[path.name[5].upper()], speaker, group=speaker)
+    for path in below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav"):
+        yield Utterance(path, path.name[5].upper(), path.name[:2], group=path.name[:2])
+
+
+def index_ravdess(root):
+    """`03-01-05-01-02-01-18.wav`: audio only, speech, emotion 05, intensity, statement, repetition, actor 18."""
+    for path in below(root, r"03-01(-\d\d){5}\.wav"):
+        emotion, actor = path.name[6:8], path.name[18:20]
+        first = (int(actor) - 1) // 4 * 4 + 1
+        yield Utterance(path, emotion, actor, group=f"{first:02}-{first + 3:02}")
+
+
+def index_crema_d(root):
+    """`1001_DFA_ANG_XX.wav`: actor, sentence, emotion, level."""
+    for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav"):
+        actor, _, emotion, _ = path.stem.upper().split("_", 3)
+        k = min((int(actor) - 1001) // 18, 4)
+        yield Utterance(path, emotion, actor, group=f"{1001 + 18 * k}-{(1018, 1036, 1054, 1072, 1091)[k]}")
+
+
+def index_iemocap(root):
+    """Label files hold `[6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5, 2.5, 2.5]`. The first letter is the
+    actor who wears the markers, the last one the actor who speaks."""
+    turn = r"Ses0([1-5])[FM]_(?:impro0\d[ab]?|script0\d_\db?)_([FM])\d{3}"
+    for session in below(root, r"Session[1-5]", depth=2, folders=True):
+        wavs = {path.stem: path for path in below(session / "sentences" / "wav", turn + r"\.wav", depth=2)}
+        for path in below(session / "dialog" / "EmoEvaluation", r"Ses.*\.txt", depth=0):  # below it: single raters
+            for line in lines(path):
+                fields = line.split("\t")
+                match = line.startswith("[") and len(fields) > 2 and re.fullmatch(turn, fields[1].strip())
+                if match:
+                    speaker = match[1] + match[2]
+                    yield Utterance(wavs.get(fields[1].strip()), fields[2].strip(), speaker, group=match[1])
+
+
+def index_msp_improv(root):
+    """Label files hold `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02,
+    who is of session 2, condition R; the raters say A. Then a line for each rater, which begins otherwise."""
+    name = r"-IMPROV-S\d\d[AHSN]-([FM])(0[1-6])-[PRST]-[FM][FM]\d\d"
+    for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
+        wavs = {path.stem.upper(): path for path in below(root, "MSP" + name + r"\.wav", depth=9)}
+        for line in lines(text):
+            fields = [field.strip() for field in line.split(";")]
+            match = re.fullmatch("UTD" + name + r"\.avi", fields[0], re.IGNORECASE)
+            if match and len(fields) > 1:
+                speaker = match[1].upper() + match[2]
+                yield Utterance(wavs.get("MSP" + fields[0][3:-4].upper()), fields[1].upper(), speaker, group=f"session {int(match[2])}")
+
+
+def index_msp_podcast(root):
+    """`FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set`. Wavs without a row, as those of Test3, are normal."""
+    splits = {"train": "train", "validation": "validation", "development": "validation", "test1": "test1", "test2": "test2"}
+    for table in below(root, r"labels_con[sc]ensus\.csv", depth=3)[:1]:
+        wavs = {path.name.lower(): path for path in below(root, r"MSP-PODCAST_.*\.wav", depth=9)}
+        for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
+            split = splits.get(row["split_set"].lower())
+            if split:
+                speaker = UNKNOWN if row["spkrid"].lower() in ("", "unknown") else row["spkrid"]
+                yield Utterance(wavs.get(row["filename"].lower()), row["emoclass"].upper(), speaker, split=split)
+
+
+def index_csv(file):
+    """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
+    if not file.is_file():
+        raise InputError(f"no file {file}; csv wants one with the columns path,label,speaker and perhaps split, named with --root FILE")
+    table = list(rows(file, "path", "label", "speaker"))
+    if not table:
+        raise InputError(f"{file} has a header and no row; expected one for each recording")
+    official = any(row.get("split") for row in table)
+    for row in table:
+        for column in ("path", "label", "speaker"):
+            if not row[column]:
+                raise InputError(f"{file}: the row of {row['path'] or 'an unnamed file'} has no {column}; every row needs one")
+        if official and row["split"].lower() not in ("train", "validation", "test"):
+            raise InputError(f"{file}: unknown split {row['split']!r} of {row['path']}; known: train, validation, test")
+    missing = [row["path"] for row in table if not (file.parent / row["path"]).is_file()]
+    if missing:
+        raise InputError(f"{file} names {len(missing)} files that are not there: {listed(missing)}; looked for them from {file.parent}")
+    for row in table:
+        yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=row["split"].lower() if official else None)
 
 
 def generate_smoke(root):
@@ -104,53 +218,206 @@ def generate_smoke(root):
     making.rename(root / "wav")
 
 
+def paper_iemocap(utterances):
+    """Improvised turns; excited does not count as happy; pairs of speakers from neighbouring sessions are held out."""
+    for u in utterances:
+        if "_impro" in u.path.name and u.label != "exc":
+            pair = int(u.speaker[0]) - (u.speaker[1] == "F") or 5
+            yield replace(u, group=f"{pair}M {pair % 5 + 1}F")
+
+
+def paper_msp_improv(utterances):
+    """Turns that were read, labelled with the emotion that the actor was asked for."""
+    for u in utterances:
+        _, _, sentence, _, condition, _ = u.path.stem.upper().split("-")
+        if condition == "R":
+            yield replace(u, label=sentence[-1])
+
+
+def paper_msp_podcast(utterances):
+    """Train, Test1 and Test2 in one, without the speakers that are not told apart."""
+    for u in utterances:
+        if u.split != "validation" and u.speaker != UNKNOWN:
+            yield replace(u, split=None)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    subset: Callable = iter  # utterances with the corpus' codes -> those that count, labelled and grouped
+    tests: tuple = ()  # groups that test; () all of them
+    at_most: int = None  # utterances on each side of a fold, drawn at random
+
+
 @dataclass(frozen=True)
 class Corpus:
     index: Callable  # root -> iterable of Utterance
     source: str  # where it comes from
-    expected: tuple  # known counts of angry, happy, neutral, sad
     looked_for: str  # what the index looks for, said when nothing was found
+    labels: dict = None  # code -> class; other codes are dropped; None: codes are classes
+    expected: dict = None  # version -> known counts, named as in `compare_counts`
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
+    paper: Protocol = None  # the emoDARTS authors' own
 
 
+def four(angry, happy, neutral, sad, **more):
+    return dict(angry=angry, happy=happy, neutral=neutral, sad=sad, **more)
+
+
+GERMAN = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
+SPLITS = ("train", "validation", "test1", "test2")
 CORPORA = {
-    "smoke": Corpus(index_emodb, "generated", (60,) * 4, "generated wav files", folds="0,1"),
+    "smoke": Corpus(index_emodb, "generated", "generated wav files", GERMAN, {"": four(60, 60, 60, 60)}, folds="0,1"),
     "emodb": Corpus(
         index_emodb,
         "free, from the authors' site: Burkhardt et al., A Database of German Emotional Speech, Interspeech 2005",
-        (127, 71, 79, 62),
-        "files named like 03a01Wa.wav, at most two folders down",
+        "files named like 03a01Wa.wav, at most four folders down",
+        GERMAN,
+        {"": four(127, 71, 79, 62), "2.0": {"recordings": 816}},
     ),
+    "ravdess": Corpus(
+        index_ravdess,
+        "free, zenodo.org/records/1188976: Livingstone and Russo, PLoS ONE 13(5), 2018",
+        "files named like 03-01-05-01-02-01-18.wav, at most four folders down",
+        {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fear", "07": "disgust", "08": "surprise"},
+        {"": four(192, 192, 96, 192, recordings=1440)},
+    ),
+    "crema-d": Corpus(
+        index_crema_d,
+        "free, github.com/CheyneyComputerScience/CREMA-D: Cao et al., IEEE Transactions on Affective Computing 5(4), 2014",
+        "files named like 1001_DFA_ANG_XX.wav, at most four folders down",
+        dict(ANG="angry", DIS="disgust", FEA="fear", HAP="happy", NEU="neutral", SAD="sad"),
+        {"": four(1271, 1271, 1087, 1271, recordings=7442)},
+    ),
+    "iemocap": Corpus(
+        index_iemocap,
+        "licensed, sail.usc.edu/iemocap",
+        "folders Session1 to Session5, at most two folders down, with dialog/EmoEvaluation/*.txt and sentences/wav in each",
+        dict(ang="angry", hap="happy", exc="happy", neu="neutral", sad="sad", fru="frustrated", fea="fear", sur="surprise", dis="disgust"),
+        {"": four(1103, 1636, 1708, 1084, recordings=10039)},
+        scale="paper",
+        paper=Protocol(paper_iemocap),
+    ),
+    "msp-improv": Corpus(
+        index_msp_improv,
+        "licensed, from the MSP lab at UT Dallas",
+        "Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav",
+        dict(A="angry", H="happy", N="neutral", S="sad"),
+        {"": four(792, 2644, 3477, 885, recordings=8438)},
+        scale="paper",
+        paper=Protocol(paper_msp_improv, tests=("session 1", "session 2", "session 3", "session 5")),
+    ),
+    "msp-podcast": Corpus(
+        index_msp_podcast,
+        "licensed, from the MSP lab at UT Dallas",
+        "labels_consensus.csv or labels_concensus.csv, at most three folders down, and MSP-PODCAST_*.wav",
+        dict(A="angry", H="happy", N="neutral", S="sad", U="surprise", F="fear", D="disgust", C="contempt"),
+        {
+            "1.8": dict(zip(SPLITS, (28601, 4772, 9304, 3483))),
+            "1.11": dict(zip((f"{split} of any label" for split in SPLITS), (84030, 19815, 30647, 14815))),
+            "2.0": dict(zip((f"{split} of any label" for split in SPLITS), (169190, 34399, 46294, 14822))),
+        },
+        scale="paper",
+        paper=Protocol(paper_msp_podcast, at_most=10000),
+    ),
+    "csv": Corpus(index_csv, "your own", "the files that it names"),
 }
 
 
-def read_corpus(dataset, root=None):
-    """-> (root, list of Utterance sorted by path). Prints a warning when the counts are not the known ones.
+def listed(names, most=5):
+    """The first few of many names, for a message."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-    Raises InputError for an unknown dataset and for a root at which nothing is found.
+
+def compare_counts(dataset, utterances):
+    """Compares all labelled recordings of a corpus, whatever classes and protocol are asked for, with the known version
+    that is nearest. -> (text with both numbers, whether they agree)."""
+    corpus, found = CORPORA[dataset], Counter(recordings=len(utterances))
+    for u in utterances:
+        found[f"{u.split} of any label"] += 1
+        if corpus.labels and corpus.labels.get(u.label) in CLASSES:
+            found.update((corpus.labels[u.label], u.split))
+    if not corpus.expected:
+        return f"found {len(utterances)} recordings", True
+    version, known = min(corpus.expected.items(), key=lambda item: sum(abs(found[name] - n) for name, n in item[1].items()))
+    both = [", ".join(f"{numbers[name]} {name}" for name in known) for numbers in (found, known)]
+    return f"found {both[0]}; expected {both[1]}" + (f" (version {version})" if version else ""), both[0] == both[1]
+
+
+def grouped(utterances):
+    """Groups for a corpus without any: each of up to ten speakers, or five sets of speakers of about equal size."""
+    sizes = Counter(u.speaker for u in utterances)
+    group = {speaker: speaker for speaker in sizes}
+    if len(sizes) > 10:
+        filled = dict.fromkeys("12345", 0)
+        for speaker, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+            group[speaker] = min(filled, key=filled.get)
+            filled[group[speaker]] += size
+    return [replace(u, group=group[u.speaker]) for u in utterances]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A corpus as it was found."""
+
+    dataset: str
+    protocol: str
+    root: Path
+    classes: tuple  # names of the classes, sorted
+    utterances: list  # of Utterance, sorted by path
+    counts: str  # what was found and what was expected
+
+    def name(self, utterance):
+        """Path relative to the root, where it is below it."""
+        path = utterance.path
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+
+def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=False):
+    """-> Listing. Warns when recordings are missing or the counts are not the known ones; with `strict` raises.
+
+    Raises InputError for an unknown dataset, choice of classes or protocol, and for a root at which nothing is found.
     """
-    if dataset not in CORPORA:
-        raise InputError(f"unknown dataset {dataset!r}; known: {', '.join(CORPORA)}")
+    known = {"dataset": CORPORA, "classes": ("four", "all"), "protocol": ("standard", "paper")}
+    for what, value in (("dataset", dataset), ("classes", classes), ("protocol", protocol)):
+        if value not in known[what]:
+            raise InputError(f"unknown {what} {value!r}; known: {', '.join(known[what])}")
     corpus = CORPORA[dataset]
+    if protocol == "paper" and not corpus.paper:
+        raise InputError(f"{dataset} has no protocol 'paper'; these have: {', '.join(d for d in CORPORA if CORPORA[d].paper)}")
     root = Path(root or Path("data", dataset))
-    if dataset == "smoke" and len(list(corpus.index(root))) != sum(corpus.expected):
+    if dataset == "smoke" and len(list(corpus.index(root))) != 240:
         generate_smoke(root)
-    utterances = sorted(corpus.index(root), key=lambda u: u.path)
-    if not utterances:
-        there = f"it holds {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'}" if root.is_dir() else "no such folder"
+    labelled = list(corpus.index(root))
+    recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
+    if not recorded:
+        there = f"it holds {listed(sorted(p.name for p in root.iterdir())) or 'nothing'}" if root.is_dir() else "no such folder"
+        if labelled:
+            there = f"{len(labelled)} labels, and not one of their recordings"
         raise InputError(
             f"no utterance of {dataset} in {root} ({there}); looked for {corpus.looked_for}. "
             f"{dataset} is {corpus.source}. Put it there, or name its folder with --root DIR"
         )
-    counts = Counter(u.label for u in utterances)
-    if tuple(counts[c] for c in CLASSES) != corpus.expected:
-        print(
-            f"warning: {dataset} has {', '.join(f'{counts[c]} {c}' for c in CLASSES)}; "
-            f"expected {', '.join(f'{n} {c}' for n, c in zip(corpus.expected, CLASSES))}",
-            file=sys.stderr,
-        )
-    return root, utterances
+    counts, agree = compare_counts(dataset, recorded)
+    warn = [] if agree else [f"{dataset}: {counts}"]
+    if len(recorded) < len(labelled):
+        warn.append(f"{dataset}: {len(labelled) - len(recorded)} of {len(labelled)} labels have no recording in {root}; they are left out")
+    if warn and strict:
+        raise InputError("; ".join(warn))
+    for text in warn:
+        print(f"warning: {text}", file=sys.stderr)
+    labels = corpus.labels or {u.label: u.label for u in recorded}
+    keep = CLASSES if classes == "four" and corpus.labels else tuple(labels.values())
+    subset = corpus.paper.subset if protocol == "paper" else iter
+    utterances = [replace(u, label=labels[u.label]) for u in subset(recorded) if labels.get(u.label) in keep]
+    if any(u.group is None and u.split is None for u in utterances):
+        utterances = grouped(utterances)
+    names = tuple(sorted({u.label for u in utterances}))
+    if len(names) < 2:
+        raise InputError(f"{root}: found {len(utterances)} utterances of {listed(names) or 'no class'}; expected at least two classes")
+    names = CLASSES if keep == CLASSES else names  # four are four, whatever a part of a corpus holds
+    return Listing(dataset, protocol, root if root.is_dir() else root.parent, names, utterances, counts)
 
 
 @dataclass(frozen=True)
@@ -160,24 +427,44 @@ class Fold:
     train: list
     validation: list
     test: list
+    name: str  # of the group, or of the official set, that tests
 
 
-def folds(utterances):
-    """One fold for each group, in sorted order: the group tests, the next one validates, all others train."""
-    groups = sorted({u.group for u in utterances})
-    if len(groups) < 3:
-        raise InputError(
-            f"found {len(groups)} speaker group(s) ({', '.join(groups)}); a fold needs three: one to test, one to validate, "
-            "one to train"
-        )
-    return [
-        Fold(
-            train=[i for i, u in enumerate(utterances) if u.group not in (test, validation)],
-            validation=[i for i, u in enumerate(utterances) if u.group == validation],
-            test=[i for i, u in enumerate(utterances) if u.group == test],
-        )
-        for test, validation in zip(groups, groups[1:] + groups[:1])
-    ]
+def folds(listing, without=()):
+    """One fold for each group, in sorted order: the group tests, the next one validates, all others train; of a corpus
+    with an official split, one for each of its test sets. `without`: utterances to leave out, such as `Store.bad`."""
+    protocol = CORPORA[listing.dataset].paper if listing.protocol == "paper" else Protocol()
+    part = {i: u.split or u.group for i, u in enumerate(listing.utterances) if i not in without}
+    names = sorted(set(part.values()))
+    if any(u.split for u in listing.utterances):
+        plan = [(("train",), "validation", test) for test in names if test.startswith("test")]
+    else:
+        plan = [(set(names) - {test, validation}, validation, test) for test, validation in zip(names, names[1:] + names[:1])]
+        plan = [sides for sides in plan if sides[2] in (protocol.tests or names)]
+    if not plan or len(names) < 3:
+        raise InputError(f"found {len(names)} part(s) of {listing.dataset}: {listed(names)}; a fold needs three: to train, validate, test")
+    made = []
+    for k, (train, validation, test) in enumerate(plan):
+        sides = [[i for i in part if part[i] in side] for side in (train, (validation,), (test,))]
+        for s, side in enumerate(sides):
+            if protocol.at_most and len(side) > protocol.at_most:
+                sides[s] = sorted(random.Random(f"fold {k}, side {s}").sample(side, protocol.at_most))
+        made.append(Fold(*sides, test))
+        check_fold(listing.utterances, made[k], k)
+    return made
+
+
+def check_fold(utterances, fold, k=0):
+    """Raises InputError where a side is empty or a known speaker is on two sides."""
+    side_of = {}
+    for side in ("train", "validation", "test"):
+        members = getattr(fold, side)
+        if not members:
+            raise InputError(f"fold {k} has no {side} utterance; every fold needs all of train, validation and test")
+        for i in members:
+            speaker = utterances[i].speaker
+            if speaker != UNKNOWN and side_of.setdefault(speaker, side) != side:
+                raise InputError(f"fold {k}: speaker {speaker} is in {side_of[speaker]} and in {side}; a speaker must be on one side only")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,14 +512,16 @@ def read_wav(path):
             raise InputError(f"{path}: truncated; copy it again from the corpus")
     if samples.size == 0:
         raise InputError(f"{path}: holds no samples")
+    if not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path}: has a rate of {rate} Hz, expected 1,000 to 1,000,000")
     if samples.dtype.kind == "u":
         samples = (samples.astype(np.float32) - 128) / 128
-    elif samples.dtype.kind == "i":
-        samples = samples.astype(np.float32) / np.iinfo(samples.dtype).max
+    elif samples.dtype.kind == "i":  # scipy gives 24 bits as the upper ones of 32
+        samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    if not np.abs(samples).max() < 1e9:  # not true of NaN
+        raise InputError(f"{path}: holds samples that are not finite")
     if samples.ndim == 2:  # (samples, channels)
         samples = samples.mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path}: holds samples that are not finite")
     if rate != RATE:
         common = math.gcd(rate, RATE)
         samples = scipy.signal.resample_poly(samples, RATE // common, rate // common)
@@ -251,17 +540,22 @@ def windows(samples, settings):
     return np.stack([samples[start : start + size] for start in starts])
 
 
+@functools.cache
 def mfcc(settings):
     """-> a function (window,) -> (F, T) = settings.shape, both torch.Tensor.
 
-    Windows go through one by one: torchaudio clamps a batch at 80 dB below the loudest of its windows.
+    The values are those of torchaudio.transforms.MFCC in 0.6 of its time (no square root that is squared again). Windows
+    go through one by one: torchaudio clamps a batch at 80 dB below the loudest of its windows.
     """
     mel = dict(n_fft=FFT, hop_length=HOP, n_mels=128)
     transform = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
+    hann, mel_bands = transform.MelSpectrogram.spectrogram.window, transform.MelSpectrogram.mel_scale.fb
 
     def compute(window):
-        frames = transform(window)[:, :-1]  # (F, POOL * T + 1) -> (F, POOL * T): the last frame is centred on the end
-        return frames.unflatten(1, (-1, POOL)).amax(dim=2)  # (F, T, POOL) -> (F, T)
+        spectrum = torch.stft(window, FFT, HOP, window=hann, return_complex=True).T  # (POOL * T + 1, FFT / 2 + 1)
+        power = spectrum.real.square() + spectrum.imag.square()
+        frames = transform.amplitude_to_DB(power @ mel_bands) @ transform.dct_mat  # (POOL * T + 1, F)
+        return frames[:-1].unflatten(0, (-1, POOL)).amax(dim=1).T  # (F, T); the frame left out is centred on the end
 
     return compute
 
@@ -270,9 +564,10 @@ def mfcc(settings):
 class Store:
     """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
 
-    features: np.ndarray  # (windows, F, T) float32, memory-mapped
+    features: np.ndarray  # (windows, F, T) float16, memory-mapped
     first: np.ndarray  # (utterances + 1,)
     seconds: np.ndarray  # (utterances,)
+    bad: dict  # utterance -> why it has no windows; empty unless such are skipped
 
     def windows_of(self, utterances):
         """Indices of utterances -> (indices of their windows, and for each window its place in `utterances`)."""
@@ -281,77 +576,203 @@ class Store:
         return window, np.repeat(np.arange(len(utterances)), counts[utterances])
 
 
-def load(root, utterances, settings=Settings(), cache="cache", name="corpus", progress=lambda text: None):
-    """-> Store. Computes the features once; later calls find them in `cache`, under a key that covers the settings,
-    the files (names, sizes, times of change) and torchaudio's version."""
-    files = [[str(u.path.relative_to(root)), u.path.stat().st_size, u.path.stat().st_mtime_ns] for u in utterances]
-    key = json.dumps([1, torchaudio.__version__, asdict(settings), files])
-    folder = Path(cache, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    if not folder.exists():
-        making = folder.with_name(folder.name + f".{os.getpid()}.part")
-        making.mkdir(parents=True, exist_ok=True)
-        compute, maps, counts, seconds = mfcc(settings), [], [], []
-        started = time.time()
-        for n, u in enumerate(utterances, start=1):
-            samples = read_wav(u.path)
-            cut = windows(samples, settings)
-            maps += [compute(torch.from_numpy(window)).numpy() for window in cut]
-            counts.append(len(cut))
-            seconds.append(len(samples) / RATE)
-            progress(f"features {n}/{len(utterances)}, {(time.time() - started) / n * (len(utterances) - n):.0f} s left")
-        np.save(making / "features.npy", np.stack(maps))
-        (making / "store.json").write_text(json.dumps({"windows": counts, "seconds": seconds}))
-        making.rename(folder)
+STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
+CHUNK, POOLED = 32, 2000  # recordings that are computed at a time; from how many on worker processes are worth their start
+
+
+def compute_chunk(paths, settings):
+    """What a worker does. -> (windows as bytes, for each path [number of windows, seconds, why there are none])."""
+    maps, about = [], []
+    for path in paths:
+        try:
+            samples = read_wav(path)
+        except (InputError, OSError) as error:
+            about.append([0, 0.0, str(error)])
+            continue
+        cut = windows(samples, settings)
+        maps += [mfcc(settings)(torch.from_numpy(window)).numpy().astype(STORED).tobytes() for window in cut]
+        about.append([len(cut), len(samples) / RATE, None])
+    return b"".join(maps), about
+
+
+def start_worker():
+    """One thread each; and no worker outlives the process that started it, however that one ends."""
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def computed(chunks, settings, workers):
+    """`compute_chunk` of each, in order. Few are computed here, as starting a worker takes seconds."""
+    if workers == 1 or len(chunks) * CHUNK < POOLED:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(compute_chunk, chunks, [settings] * len(chunks))
+        finally:
+            torch.set_num_threads(threads)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        about = json.loads((folder / "store.json").read_text())
-        first = np.concatenate([[0], np.cumsum(np.array(about["windows"], dtype=int))])
-        seconds = np.array(about["seconds"], dtype=float)
-        features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
-        ok = len(first) == len(utterances) + 1 == len(seconds) + 1 and features.shape == (first[-1], *settings.shape)
-    except (OSError, ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise InputError(f"{folder} does not hold the features of {len(utterances)} utterances; delete it to have them computed again")
-    return Store(features, first, seconds)
+        yield from pool.map(compute_chunk, chunks, [settings] * len(chunks))
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed, most likely for want of memory; the same command goes on from here") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def header(windows, settings):
+    """Of the .npy file. numpy leaves room for the number of windows to grow, so that its length is always the same."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": STORED.str, "fortran_order": False, "shape": (windows, *settings.shape)})
+    return file.getvalue()
+
+
+def build(folder, paths, settings, workers, skip_bad, progress):
+    """Computes the windows in `folder`.part and renames it at the end. Chunks are appended to features.npy, and then a
+    line to the journal, so that a run that was killed goes on after the journal's last whole line. -> {utterance: why
+    it has no windows}; if there are any and they are not to be skipped, nothing is renamed."""
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    for name in ("features.npy", "journal"):
+        (part / name).touch()
+    with open(part / "features.npy", "r+b") as features, open(part / "journal", "r+b") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)  # until it is closed: a second run with the same settings waits here
+        if folder.exists():
+            return {}
+        size, position, done = len(header(0, settings)), 0, []
+        room = features.seek(0, os.SEEK_END)
+        for line in journal.readlines():
+            try:
+                chunk = json.loads(line if line.endswith(b"\n") else b"")
+            except ValueError:
+                break  # cut off in the middle
+            size_then = size + sum(n for n, _, _ in chunk) * math.prod(settings.shape) * STORED.itemsize
+            if size_then > room or not skip_bad and any(why for _, _, why in chunk):
+                break  # windows that did not reach the disk, or files that may be better by now
+            size, position = size_then, position + len(line)
+            done += chunk
+        journal.seek(position)
+        journal.truncate()
+        features.truncate(size)
+        features.seek(size)
+        left = paths[len(done) :]
+        chunks, started = [left[k : k + CHUNK] for k in range(0, len(left), CHUNK)], time.time()
+        for n, (maps, about) in enumerate(computed(chunks, settings, workers), start=1):
+            features.write(maps)
+            features.flush()
+            journal.write(json.dumps(about).encode() + b"\n")
+            journal.flush()
+            done += about
+            progress(f"features {len(done)}/{len(paths)}, {(time.time() - started) / n * (len(chunks) - n):.0f} s left")
+        bad = {i: why for i, (_, _, why) in enumerate(done) if why}
+        if not bad or skip_bad and len(bad) < len(paths):
+            features.seek(0)
+            features.write(header(sum(n for n, _, _ in done), settings))
+            about = {"windows": [n for n, _, _ in done], "seconds": [s for _, s, _ in done], "bad": bad}
+            (part / "store.json").write_text(json.dumps(about))
+            part.rename(folder)
+            (folder / "journal").unlink()
+        return bad
+
+
+def stamp(path):
+    """Size and time of change; None for a file that is not to be had, such as a link to nowhere."""
+    try:
+        about = path.stat()
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return None
+
+
+def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=False, progress=lambda text: None):
+    """-> Store. Computes the features once; later calls find them in `cache`, under a key that covers the settings,
+    the files (names, sizes, times of change) and torchaudio's version. Files that cannot be used are an InputError that
+    names them all; with `skip_bad` they are in Store.bad."""
+    paths = [u.path for u in listing.utterances]
+    files = [(listing.name(u), stamp(u.path)) for u in listing.utterances]
+    key = json.dumps([2, torchaudio.__version__, asdict(settings), files])
+    folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    bad = {} if folder.exists() else build(folder, paths, settings, workers or os.cpu_count(), skip_bad, progress)
+    if folder.exists():
+        try:
+            about = json.loads((folder / "store.json").read_text())
+            first = np.concatenate([[0], np.cumsum(np.array(about["windows"], dtype=int))])
+            seconds, bad = np.array(about["seconds"], dtype=float), {int(i): str(why) for i, why in about["bad"].items()}
+            features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+            ok = features.dtype == STORED and features.shape == (first[-1], *settings.shape)
+            ok = ok and len(first) - 1 == len(seconds) == len(paths) and bad.keys() == set(np.flatnonzero(np.diff(first) < 1))
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+            ok = False
+        if not ok:
+            raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it to have them computed again")
+    if bad and not (skip_bad and len(bad) < len(paths)):
+        said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without them with --skip-bad:"
+        raise InputError("\n  ".join([said, *bad.values()]))
+    return Store(features, first, seconds, bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe(dataset, utterances, parts, store):
+def describe(listing, parts, store):
     """The lines that `python features.py` prints."""
-    counts = Counter(u.label for u in utterances)
-    speakers = sorted({u.speaker for u in utterances})
-    yield f"{dataset}: {len(utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {len(store.features)} windows"
-    yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in CLASSES)
-    yield f"speakers  {len(speakers)}: {' '.join(speakers)}"
+    counts = Counter(u.label for u in listing.utterances)
+    speakers = sorted({u.speaker for u in listing.utterances} - {UNKNOWN})
+    unknown = sum(u.speaker == UNKNOWN for u in listing.utterances)
+    yield (
+        f"{listing.dataset}, protocol {listing.protocol}: {len(listing.utterances)} utterances, "
+        f"{store.seconds.sum() / 60:.1f} minutes, {len(store.features)} windows"
+    )
+    yield f"corpus    {listing.counts}"
+    yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in listing.classes)
+    yield f"speakers  {len(speakers)}: {listed(speakers, 24)}"
+    if unknown:
+        yield f"unknown   {unknown} utterances of speakers that are not told apart, on whatever sides they are"
     for k, fold in enumerate(parts):
         sides = (
-            f"{side} {' '.join(sorted({utterances[i].speaker for i in members}))} ({len(members)})"
+            f"{side} {listed(sorted({listing.utterances[i].speaker for i in members}))} ({len(members)})"
             for side, members in (("test", fold.test), ("validation", fold.validation))
         )
-        yield f"fold {k:<4}  {', '.join(sides)}, training the others ({len(fold.train)})"
+        yield f"fold {k:<4}  holds out {fold.name}: {', '.join(sides)}, training {len(fold.train)}"
+    if store.bad:
+        yield f"skipped   {len(store.bad)} recordings that cannot be used:"
+        yield from (f"  {why}" for why in store.bad.values())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="smoke", help=f"one of: {', '.join(CORPORA)} (default: smoke)")
-    parser.add_argument("--root", help="folder of the corpus (default: data/DATASET)")
+    parser.add_argument("--root", help="folder of the corpus, or the file of csv (default: data/DATASET)")
     parser.add_argument("--cache", default="cache", help="folder of the computed features (default: cache)")
+    parser.add_argument("--classes", default="four", help="four, or all that the corpus labels; of a csv always all (default: four)")
+    parser.add_argument("--protocol", default="standard", help="standard, or paper: the emoDARTS authors' own (default: standard)")
+    parser.add_argument("--strict", action="store_true", help="refuse a corpus with other counts than the known ones")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
+    parser.add_argument("--workers", type=int, help="processes that compute (default: one a core)")
     parser.add_argument("--json", help="write the index to this file")
     options = parser.parse_args(argv)
     try:
-        root, utterances = read_corpus(options.dataset, options.root)
-        parts = folds(utterances)
-        store = load(root, utterances, cache=options.cache, name=options.dataset)
-        print(*describe(options.dataset, utterances, parts, store), sep="\n")
+        if options.workers is not None and options.workers < 1:
+            raise InputError(f"--workers is {options.workers}, expected at least 1")
+        listing = read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
+        folds(listing)  # what cannot be divided is refused before any work
+        show = sys.stderr.isatty()
+        store = load(
+            listing, cache=options.cache, workers=options.workers, skip_bad=options.skip_bad,
+            progress=lambda text: show and print(f"\r\033[K{text}", end="", file=sys.stderr),
+        )  # fmt: skip
+        if show:
+            print("\r\033[K", end="", file=sys.stderr)
+        parts = folds(listing, store.bad)
+        print(*describe(listing, parts, store), sep="\n")
         if options.json:
             fold_of = {i: k for k, fold in enumerate(parts) for i in fold.test}
-            rows = [
-                {"path": u.path.relative_to(root).as_posix(), "label": u.label, "speaker": u.speaker, "fold": fold_of.get(i)}
-                for i, u in enumerate(utterances)
+            index = [
+                {"path": listing.name(u), "label": u.label, "speaker": u.speaker, "fold": fold_of.get(i), "split": u.split}
+                for i, u in enumerate(listing.utterances)
             ]
-            Path(options.json).write_text(json.dumps({"dataset": options.dataset, "utterances": rows}, indent=1) + "\n")
+            about = {"dataset": listing.dataset, "protocol": listing.protocol, "classes": listing.classes, "utterances": index}
+            Path(options.json).write_text(json.dumps(about, indent=1) + "\n")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

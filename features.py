@@ -13,7 +13,6 @@ folds. `load` computes the windows once and keeps them on disk:
 
 import argparse
 import csv
-import fcntl
 import functools
 import hashlib
 import io
@@ -41,6 +40,11 @@ import scipy.signal
 import torch
 import torchaudio
 from scipy.io import wavfile
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 CLASSES = ("angry", "happy", "neutral", "sad")
 UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apart
@@ -564,7 +568,7 @@ def mfcc(settings):
 class Store:
     """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
 
-    features: np.ndarray  # (windows, F, T) float16, memory-mapped
+    features: np.ndarray  # (windows, F, T) float16, memory-mapped (copy on write, as torch wants it; nobody writes)
     first: np.ndarray  # (utterances + 1,)
     seconds: np.ndarray  # (utterances,)
     bad: dict  # utterance -> why it has no windows; empty unless such are skipped
@@ -636,7 +640,8 @@ def build(folder, paths, settings, workers, skip_bad, progress):
     for name in ("features.npy", "journal"):
         (part / name).touch()
     with open(part / "features.npy", "r+b") as features, open(part / "journal", "r+b") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)  # until it is closed: a second run with the same settings waits here
+        if fcntl:
+            fcntl.flock(journal, fcntl.LOCK_EX)  # until it is closed: a second run with the same settings waits here
         if folder.exists():
             return {}
         size, position, done = len(header(0, settings)), 0, []
@@ -698,7 +703,7 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
             about = json.loads((folder / "store.json").read_text())
             first = np.concatenate([[0], np.cumsum(np.array(about["windows"], dtype=int))])
             seconds, bad = np.array(about["seconds"], dtype=float), {int(i): str(why) for i, why in about["bad"].items()}
-            features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+            features = np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False)
             ok = features.dtype == STORED and features.shape == (first[-1], *settings.shape)
             ok = ok and len(first) - 1 == len(seconds) == len(paths) and bad.keys() == set(np.flatnonzero(np.diff(first) < 1))
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):

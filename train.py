@@ -471,13 +471,16 @@ def duration(seconds):
 
 
 def summary(runs):
-    """Mean, standard deviation (ddof 1; none of a single fold) and pooled value of UA and WA over folds, in 0..1."""
+    """Mean, standard deviation (ddof 1; none of a single fold) and pooled value of UA and WA over folds, in 0..1. None of
+    them where folds share a training, as MSP-Podcast's Test1 and Test2 do: those are reported apart."""
     pooled = sum(np.array(run["confusion"]) for run in runs)
     out = {}
     for name, metric in (("ua", ua), ("wa", wa)):
         values = [run[name] for run in runs]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         out[name] = {"mean": float(np.mean(values)), "std": std, "pooled": metric(pooled)}
+        if len({run["trained_as"] for run in runs}) < len(runs):
+            out[name] = dict.fromkeys(out[name])
     return out
 
 
@@ -487,11 +490,11 @@ def table(runs):
     def names(people):
         return " ".join(people) if len(people) < 5 else f"{len(people)} speakers"
 
-    wide = max(10, *(len(names(run[side])) for run in runs for side in ("test", "validation")))
+    wide = max(10, *(len(names(run["validation"])) for run in runs), *(len(run["name"]) for run in runs))
     yield f"{'fold':6} {'test':{wide}} {'validation':{wide}} {'utterances':>10} {'UA':>6} {'WA':>6} {'parameters':>11} {'search':>8} {'training':>8}"
     for run in runs:
         yield (
-            f"{run['fold']:<6} {names(run['test']):{wide}} {names(run['validation']):{wide}} {np.sum(run['confusion']):>10} "
+            f"{run['fold']:<6} {run['name']:{wide}} {names(run['validation']):{wide}} {np.sum(run['confusion']):>10} "
             f"{100 * run['ua']:6.1f} {100 * run['wa']:6.1f} {run['parameters']:>11,} "
             f"{run['seconds']['search']:>6.0f} s {run['seconds']['training']:>6.0f} s"
         )
@@ -618,15 +621,15 @@ def run(argv):
         sides, place = (parts[k].train, parts[k].validation), folder / f"fold{k}"
         if sides != before:  # MSP-Podcast's test sets are scored by one and the same network
             net, about = fit(k, parts[k], data, options, place, progress)
-            before = sides
+            about["trained_as"], before = k, sides
         place.mkdir(exist_ok=True)
         # Everything is chosen: the test speakers are scored, once.
-        runs.append({"fold": k, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
+        runs.append({"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
         results.update(summary(runs), folds=runs)
         if other:
             other.standardise_like(data)
             members = [i for i in range(len(other.labels)) if i not in other.store.bad]
-            cross.append({"fold": k, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
+            cross.append({"fold": k, "name": options.test_dataset, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
             results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     progress.say("")

@@ -25,6 +25,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -755,6 +756,7 @@ def main(argv=None):
     parser.add_argument("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
     parser.add_argument("--workers", type=int, help="processes that compute (default: one a core)")
     parser.add_argument("--json", help="write the index to this file")
+    parser.add_argument("--benchmark", action="store_true", help="compute the features afresh, on one core, and say how long it takes")
     options = parser.parse_args(argv)
     try:
         if options.workers is not None and options.workers < 1:
@@ -769,6 +771,12 @@ def main(argv=None):
         if show:
             print("\r\033[K", end="", file=sys.stderr)
         parts = folds(listing, store.bad)
+        if options.benchmark:
+            with tempfile.TemporaryDirectory() as cache:
+                wall, cpu = time.perf_counter(), time.process_time()
+                seconds = load(listing, cache=cache, workers=1, skip_bad=options.skip_bad).seconds.sum()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            print(f"benchmark {wall:.2f} s, {seconds / cpu:,.0f} times real time a core")
         print(*describe(listing, parts, store), sep="\n")
         if options.json:
             fold_of = {i: k for k, fold in enumerate(parts) for i in fold.test}

@@ -562,6 +562,19 @@ def test_msp_podcast(tmp_path, name, audio, validation):
     assert {u.speaker for u in paper.utterances} == {"1", "2", "4", "5", "6", "7"}  # neither Unknown nor Development
 
 
+def test_msp_podcast_speakers_of_two_sets_stay_in_the_test_set(tmp_path, capsys):
+    msp_podcast(tmp_path / "Audio", tmp_path / "labels_consensus.csv")
+    text = (tmp_path / "labels_consensus.csv").read_text()
+    # Speaker 4, of both test sets, also trains; speaker 3, who validates, as well.
+    (tmp_path / "labels_consensus.csv").write_text(text.replace(",1,Male,Train", ",4,Male,Train", 5).replace(",2,Male,Train", ",3,Male,Train", 6))
+    listing = read_corpus("msp-podcast", tmp_path)
+    left_out = sum(f",{c},2.2,4.0,2.6,{s},Male,Train" in line for line in (tmp_path / "labels_consensus.csv").read_text().splitlines() for c in "AHNS" for s in (3, 4))
+    assert left_out > 5 and f"warning: msp-podcast: {left_out} utterances" in capsys.readouterr().err
+    for fold in folds(listing):
+        train, validation, test = (side - {"Unknown"} for side in speakers(listing, fold))
+        assert not train & validation and not train & test and not validation & test and train == {"1", "2"}
+
+
 def test_msp_podcast_paper_is_five_equal_groups_and_never_too_large(tmp_path, monkeypatch):
     text = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
     for n in range(600):
@@ -1088,6 +1101,48 @@ def test_the_model_file_is_whole(finished):
         with torch.no_grad():
             p = net(((maps - model["statistics"]["mean"]) / model["statistics"]["std"])[:, None]).mean(0).softmax(0)
         np.testing.assert_allclose(p, [float(row[c]) for c in model["classes"]], atol=1e-4)
+
+
+def test_a_second_corpus_is_tested_with_the_same_model(finished, monkeypatch, capsys):
+    """A csv that names the recordings of fold 0's test speaker must give fold 0's own figures again."""
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    letters = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad"}
+    names = sorted(path.name for path in (cwd / "data" / "smoke" / "wav").glob("03*.wav"))
+    (cwd / "three.csv").write_text("path,label,speaker\n" + "".join(f"data/smoke/wav/{n},{letters[n[5]]},03\n" for n in names))
+    options = json.loads((cwd / "one" / "settings.json").read_text())["command"].split()[2:-1]
+    for normalise in ("train", "speaker"):
+        more = ["--folds", "0", "--test-dataset", "csv", "--test-root", "three.csv", "--normalise", normalise]
+        assert train.main([*options[:-1], "--out", f"cross-{normalise}", *more]) == 0
+        results = json.loads((cwd / f"cross-{normalise}" / "results.json").read_text())
+        assert results["cross"]["folds"][0]["confusion"] == results["folds"][0]["confusion"]
+        assert ("unlabelled audio" in capsys.readouterr().out) == (normalise == "speaker") == bool(results["notes"][1:])
+        assert results["protocol"] == "standard" and results["normalise"] == normalise
+    assert results["folds"][0]["confusion"] != json.loads((cwd / "one" / "results.json").read_text())["folds"][0]["confusion"]
+
+
+def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    msp_podcast(tmp_path / "Audio", tmp_path / "labels_consensus.csv", each=1)
+    for k, path in enumerate(features.below(tmp_path / "Audio", r".*\.wav")):
+        tone(path, 0.2, frequency=200 + 10 * k)
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --epochs 1 --seq-space rnn --window 1 --batch 4"
+    assert train.main(["--dataset", "msp-podcast", "--root", ".", "--scale", "small", "--out", "run", *sizes.split()]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    test1, test2 = results["folds"]
+    assert (test1["name"], test2["name"]) == ("test1", "test2") and test1["trained_as"] == test2["trained_as"] == 0
+    assert test1["genotype"] == test2["genotype"] and results["ua"] == {"mean": None, "std": None, "pooled": None}
+    assert (tmp_path / "run" / "fold0" / "model.pt").exists() and not (tmp_path / "run" / "fold1" / "model.pt").exists()
+
+
+def test_statistics_of_each_speaker():
+    listing, data = tiny_data(normalise="speaker")
+    data.standardise_by(None)
+    for speaker in "abcde":
+        window, _ = data.store.windows_of([i for i, u in enumerate(listing.utterances) if u.speaker == speaker])
+        x = data.batch(torch.from_numpy(window))
+        torch.testing.assert_close(x.mean(dim=(0, 1, 3)), torch.zeros(16), atol=1e-5, rtol=0)
+        torch.testing.assert_close(x.std(dim=(0, 1, 3), correction=0), torch.ones(16), atol=1e-5, rtol=0)
 
 
 def without_seconds(value):

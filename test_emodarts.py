@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -953,6 +954,19 @@ def test_metrics_by_hand():
     assert confusion.tolist() == [[3, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert train.wa(confusion) == pytest.approx(5 / 7)
     assert train.ua(confusion) == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)  # no utterance is neutral
+
+
+def test_summary_by_hand():
+    runs = []
+    for k, confusion in enumerate(([[8, 2], [5, 5]], [[1, 0], [0, 3]], [[0, 6], [2, 2]])):
+        confusion = np.array(confusion)
+        runs.append({"trained_as": k, "ua": train.ua(confusion), "wa": train.wa(confusion), "confusion": confusion.tolist()})
+    assert [run["ua"] for run in runs] == [0.65, 1.0, 0.25] and [run["wa"] for run in runs] == [13 / 20, 1.0, 0.2]
+    whole = train.summary(runs)
+    assert whole["ua"]["mean"] == pytest.approx(1.9 / 3) and whole["wa"]["mean"] == pytest.approx(1.85 / 3)
+    assert whole["ua"]["std"] == pytest.approx(statistics.stdev([0.65, 1.0, 0.25]))
+    assert whole["wa"]["pooled"] == pytest.approx(19 / 34) and whole["ua"]["pooled"] == pytest.approx((9 / 17 + 10 / 17) / 2)
+    assert train.summary(runs[:1])["ua"]["std"] is None
 
 
 def test_halves_are_stratified_and_complete():

@@ -891,6 +891,22 @@ def test_workers_that_were_killed_and_started_again_write_the_same_bytes(tmp_pat
     assert said[0].startswith("features 96/130") and content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_features_are_computed_once_for_each_setting(tmp_path, monkeypatch):
+    read, reads, listing = features.read_wav, [], emodb(tmp_path)
+    monkeypatch.setattr(features, "read_wav", lambda path: reads.append(path) or read(path))
+
+    def files_read(**settings):
+        reads.clear()
+        load(listing, Settings(**{"coefficients": 8, "window": 1.0, **settings}), tmp_path / "cache")
+        return len(reads)
+
+    assert [files_read(), files_read()] == [12, 0]
+    for other in ({"coefficients": 9}, {"window": 2.0}, {"padding": "zero"}):
+        assert [files_read(**other), files_read(**other), files_read()] == [12, 0, 0], other
+    tone(tmp_path / "wav" / "03a01Wa.wav", 0.4)  # a recording that was changed
+    assert [files_read(), files_read()] == [12, 0]
+
+
 @pytest.mark.parametrize(
     "name, data", [("store.json", b"[]"), ("store.json", b"{"), ("features.npy", b""), ("features.npy", b"\x93NUMPY garbage")]
 )
@@ -1147,6 +1163,25 @@ def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monk
     assert (test1["name"], test2["name"]) == ("test1", "test2") and test1["trained_as"] == test2["trained_as"] == 0
     assert test1["genotype"] == test2["genotype"] and results["ua"] == {"mean": None, "std": None, "pooled": None}
     assert (tmp_path / "run" / "fold0" / "model.pt").exists() and not (tmp_path / "run" / "fold1" / "model.pt").exists()
+
+
+def test_a_bad_recording_stops_the_run_before_training_or_is_named_in_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = ["path,label,speaker"]
+    for k, (speaker, label) in enumerate(itertools.product("abc", ("calm", "tense"))):
+        for n in range(2):
+            rows.append(f"{tone(Path(f'{speaker}{label}{n}.wav'), 0.2, frequency=200 + 50 * k)},{label},{speaker}")
+    Path("bcalm2.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    Path("mine.csv").write_text("\n".join([*rows, "bcalm2.wav,calm,b"]))
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --epochs 1 --seq-space rnn --window 1 --batch 2"
+    arguments = ["--dataset", "csv", "--root", "mine.csv", "--out", "run", *sizes.split()]
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "1 of 13 recordings" in said and "bcalm2.wav: a git-lfs stub" in said and not list(Path("run").glob("fold*"))
+    assert train.main([*arguments, "--skip-bad", "--out", "run2"]) == 0
+    results = json.loads(Path("run2/results.json").read_text())
+    assert results["classes"] == ["calm", "tense"] and len(results["skipped"]) == 1 and "bcalm2.wav" in results["skipped"][0]
+    assert sum(np.sum(fold["confusion"]) for fold in results["folds"]) == 12
 
 
 def test_statistics_of_each_speaker():

@@ -103,7 +103,9 @@ NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "threa
 
 def parse(argv):
     """Command line -> Options, with everything that depends on corpus and scale filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python train.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     groups = {}
     for f in fields(Options):
         about = f.metadata

@@ -1256,3 +1256,10 @@ def test_the_reference_needs_torch_alone():
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
         imported |= {name.split(".")[0] for name in names}
     assert imported - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_ci_runs_readmes_two_commands():
+    commands = re.findall(r"^pip install .*$", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2 and "python train.py" in commands[0] and "pytest" in commands[1]
+    script = (HERE / ".ci" / "run").read_text().splitlines()
+    assert [line for line in script if line.startswith("pip")] == [f"{command} || exit 1" for command in reversed(commands)]

@@ -22,7 +22,7 @@ Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequ
 """
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import repeat
@@ -30,6 +30,7 @@ from itertools import repeat
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CNN operations: (N, C, F, T) -> (N, C, ceil(F / stride), ceil(T / stride)). All paths through a cell must agree in
@@ -187,6 +188,20 @@ class MixedOp(nn.Module):
         return sum(w * op(x) for w, (name, op) in zip(weight, self.ops.items()) if name != "none")
 
 
+@contextmanager
+def without_statistics(net):
+    """Inside, batch norm in training mode normalises by the batch as always, but updates copies of its running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kept = [(m, name, getattr(m, name)) for m in norms for name in ("running_mean", "running_var", "num_batches_tracked")]
+    for m, name, statistic in kept:
+        setattr(m, name, statistic.clone())
+    try:
+        yield
+    finally:
+        for m, name, statistic in kept:
+            setattr(m, name, statistic)
+
+
 def drop_path(x, p):
     """Zeroes an edge's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
     keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
@@ -203,6 +218,7 @@ class Cell(nn.Module):
     """
 
     concat = 1  # the axis of C in (N, C, F, T)
+    recompute = False
 
     def __init__(self, kind, wiring, make, before=(nn.Identity, nn.Identity)):
         super().__init__()
@@ -227,7 +243,11 @@ class Cell(nn.Module):
 
     def edge(self, i, j, x, weight, p_drop_path):
         edge = self.edges[f"{j}_{i}"]
-        y = edge(x, weight)
+        if self.recompute and torch.is_grad_enabled():  # keep the edge's input only, and compute it again on the way back
+            twice = lambda: (nullcontext(), without_statistics(edge))  # noqa: E731; BN counts a batch once
+            y = checkpoint(edge, x, weight, use_reentrant=False, context_fn=twice)
+        else:
+            y = edge(x, weight)
         if self.training and p_drop_path > 0 and "skip_connect" not in edge.ops:  # a skip keeps the path alive
             y = drop_path(y, p_drop_path)
         return y
@@ -351,14 +371,16 @@ class Network(nn.Module):
     stem_stride  2 halves the input map before the first cell
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     dropout      after each cell
+    recompute    edges keep their inputs only and are computed again on the way back: less memory, more time, same gradients
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
     that these sizes need. `drop_path`, an attribute, is the share of edge outputs dropped in training (0 at first).
     """
 
     def __init__(
-        self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, seq_space="all", dropout=0.3, genotype=None
-    ):
+        self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, seq_space="all", dropout=0.3,
+        recompute=False, genotype=None,
+    ):  # fmt: skip
         super().__init__()
         for name, size, least in (
             ("classes", classes, 1), ("channels", channels, 1), ("cnn_cells", cnn_cells, 1),
@@ -395,6 +417,8 @@ class Network(nn.Module):
             self.cnn.append(CNNCell(kind, every[kind], c0, c1, c, k > 0 and kinds[k - 1] == "reduce", affine))
             c0, c1 = c1, len(every[kind]) * c
         self.seq = nn.ModuleList(SeqCell(every["seq"], c1) for _ in range(seq_cells))
+        for cell in (*self.cnn, *self.seq):
+            cell.recompute = recompute
         self.head = nn.Linear(c1, classes)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = 0.0
@@ -542,16 +566,3 @@ def set_to(w, base, direction=None, step=0.0):
     """w := base + step * direction, in place, parameter by parameter."""
     for k, p in enumerate(w):
         p.copy_(base[k] if direction is None else base[k] + step * direction[k])
-
-
-@contextmanager
-def without_statistics(net):
-    """Inside, batch norm in training mode still normalises by the batch, but leaves its running statistics alone."""
-    tracking = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in tracking:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in tracking:
-            m.track_running_stats = True

@@ -359,6 +359,23 @@ def test_an_alpha_step_leaves_weights_and_statistics_alone(order):
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("derived", [False, True])
+def test_recomputation_changes_no_bit(derived):
+    genotype, gradients, states, (x, target) = random_genotype() if derived else None, [], [], batch(4)
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        net = Network(**SMALL, recompute=recompute, genotype=genotype).train()
+        net.drop_path = 0.2
+        for _ in range(2):
+            net.zero_grad()
+            F.cross_entropy(net(x), target).backward()
+        gradients.append([p.grad for p in net.parameters()])
+        states.append(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and all(torch.equal(states[0][name], t) for name, t in states[1].items())
+    assert int(states[1]["stem.1.num_batches_tracked"]) == 2
+    assert {int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")} == {2}
+
+
 def test_an_alpha_step_that_fails_leaves_the_weights_alone():
     net = Network(**SMALL).train()
     before = [w.clone() for w in net.weights()]

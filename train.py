@@ -93,12 +93,13 @@ class Options:
     out: str = option(None, "folder of the run (default: runs/DATASET-SCALE-KEY, the key made of the settings)", "run", str)
     seed: int = option(0, "seed of everything random", "run")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
+    recompute: bool = option(False, "compute edges again on the way back: much less memory, a little slower, the same numbers", "run")
     threads: int = option(None, "CPU threads (default: torch's)", "run", int)
 
 
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "threads")
+NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads")
 
 
 def parse(argv):
@@ -151,7 +152,7 @@ def check(options, parts):
 
 def network(options, classes, genotype=None):
     sizes = {name: getattr(options, name) for name in NETWORK_SIZES}
-    return Network(classes=classes, seq_space=options.seq_space, genotype=genotype, **sizes)
+    return Network(classes=classes, seq_space=options.seq_space, recompute=options.recompute, genotype=genotype, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -876,7 +876,7 @@ def pick_device(name):
     return torch.device(name)
 
 
-def run(argv, stop):
+def run(argv, stop, held):
     options = parse(argv)
     listing, chosen, device = check(options)
     other = None
@@ -894,6 +894,7 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
     folder, locked = run_folder(options, settings)
+    held.enter_context(locked)
     classes = listing.classes
     runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
     if len(runs) == len(chosen):
@@ -969,7 +970,8 @@ def main(argv=None):
     stop = Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run(argv, stop)
+        with ExitStack() as held:  # the lock
+            run(argv, stop, held)
         return 0
     except Stopped as stopped:
         command = shlex.join(["python", "train.py", *argv])

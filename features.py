@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Callable
 
@@ -95,12 +97,15 @@ def lines(path):
 
 def rows(path, *columns):
     """Rows of a CSV as dicts, names of columns in lower case, everything stripped. `columns` must be there."""
-    reader = csv.DictReader(lines(path))
-    there = [name.strip().lower() for name in reader.fieldnames or []]
+    try:
+        reader = csv.DictReader(lines(path))
+        there, table = [name.strip().lower() for name in reader.fieldnames or []], list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV ({error})") from None
     missing = [name for name in columns if name not in there]
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}; found {','.join(there) or 'nothing'}, expected {','.join(columns)}")
-    for row in reader:
+    for row in table:
         yield {name.strip().lower(): (value or "").strip() for name, value in row.items() if name is not None}
 
 
@@ -185,7 +190,7 @@ def index_csv(file):
                 raise InputError(f"{file}: the row of {row['path'] or 'an unnamed file'} has no {column}; every row needs one")
         if official and row["split"].lower() not in ("train", "validation", "test"):
             raise InputError(f"{file}: unknown split {row['split']!r} of {row['path']}; known: train, validation, test")
-    missing = [row["path"] for row in table if not (file.parent / row["path"]).is_file()]
+    missing = [row["path"] for row in table if not os.path.isfile(file.parent / row["path"])]  # Path's own raises for some names
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not there: {listed(missing)}; looked for them from {file.parent}")
     for row in table:
@@ -517,14 +522,16 @@ class Settings:
 
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. Raises InputError, with the reason, for what is not such a file."""
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path}: no such file")
+    content = Path(path).read_bytes()  # scipy would take memory for as many samples as a file announces
+    if content.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            rate, samples = wavfile.read(path)
-    except (ValueError, EOFError, UnboundLocalError, ZeroDivisionError, struct.error) as error:  # as scipy has them
+            rate, samples = wavfile.read(io.BytesIO(content))
+    except (ValueError, TypeError, EOFError, UnboundLocalError, ArithmeticError, MemoryError, struct.error) as error:  # as scipy has them
         raise InputError(f"{path}: not a readable wav file ({error})") from None
     for warning in said:
         if "EOF" in str(warning.message):
@@ -542,8 +549,8 @@ def read_wav(path):
     if samples.ndim == 2:  # (samples, channels)
         samples = samples.mean(axis=1)
     if rate != RATE:
-        common = math.gcd(rate, RATE)
-        samples = scipy.signal.resample_poly(samples, RATE // common, rate // common)
+        ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these numbers are large
+        samples = scipy.signal.resample_poly(samples, ratio.numerator, ratio.denominator)
     return samples.astype(np.float32)
 
 
@@ -615,7 +622,8 @@ def compute_chunk(paths, settings):
 
 
 def start_worker():
-    """One thread each; and no worker outlives the process that started it, however that one ends."""
+    """One thread each; and no worker outlives the process that started it, however that one ends. Ctrl-C is for that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -664,10 +672,11 @@ def build(folder, paths, settings, workers, skip_bad, progress):
         for line in journal.readlines():
             try:
                 chunk = json.loads(line if line.endswith(b"\n") else b"")
-            except ValueError:
-                break  # cut off in the middle
-            size_then = size + sum(n for n, _, _ in chunk) * math.prod(settings.shape) * STORED.itemsize
-            if size_then > room or not skip_bad and any(why for _, _, why in chunk):
+                size_then = size + sum(n for n, _, _ in chunk) * math.prod(settings.shape) * STORED.itemsize
+                ok = all(type(n) is int and n >= 0 and type(s) is float and type(why) in (str, type(None)) for n, s, why in chunk)
+            except (ValueError, TypeError, RecursionError):
+                break  # cut off in the middle, or no journal
+            if not ok or size_then > room or len(done) + len(chunk) > len(paths) or not skip_bad and any(why for _, _, why in chunk):
                 break  # windows that did not reach the disk, or files that may be better by now
             size, position = size_then, position + len(line)
             done += chunk
@@ -688,6 +697,8 @@ def build(folder, paths, settings, workers, skip_bad, progress):
         if not bad or skip_bad and len(bad) < len(paths):
             features.seek(0)
             features.write(header(sum(n for n, _, _ in done), settings))
+            features.flush()
+            os.fsync(features.fileno())  # whole before it has its name
             about = {"windows": [n for n, _, _ in done], "seconds": [s for _, s, _ in done], "bad": bad}
             (part / "store.json").write_text(json.dumps(about))
             part.rename(folder)
@@ -721,7 +732,7 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
             features = np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False)
             ok = features.dtype == STORED and features.shape == (first[-1], *settings.shape)
             ok = ok and len(first) - 1 == len(seconds) == len(paths) and bad.keys() == set(np.flatnonzero(np.diff(first) < 1))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
             ok = False
         if not ok:
             raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it to have them computed again")

@@ -6,15 +6,21 @@ formulation, a second run) and fails when the code is wrong.
 
 import ast
 import csv
+import io
 import itertools
 import json
+import math
 import os
+import pickle
 import re
 import signal
 import statistics
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -1044,8 +1050,8 @@ def test_validation_and_test_speakers_touch_nothing():
     fold, clean = states(())
     _, poisoned = states(fold.validation + fold.test)
     assert all(torch.isfinite(t).all() and torch.equal(t, poisoned[name]) for name, t in clean.items())
-    _, broken = states(fold.train[:1])  # the oracle sees something: a training utterance does matter
-    assert not torch.isfinite(broken["head.weight"]).all()
+    with pytest.raises(train.NotFinite):  # the oracle sees something: a training utterance does matter
+        states(fold.train[:1])
 
 
 def test_batches_hold_every_window_once_and_standardisation_is_the_training_speakers():
@@ -1280,3 +1286,348 @@ def test_ci_runs_readmes_two_commands():
     assert len(commands) == 2 and "python train.py" in commands[0] and "pytest" in commands[1]
     script = (HERE / ".ci" / "run").read_text().splitlines()
     assert [line for line in script if line.startswith("pip")] == [f"{command} || exit 1" for command in reversed(commands)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost
+
+DRIVER = """
+import os, signal, sys, threading
+sys.path.insert(0, {here!r})
+import features, train
+where, number, *argv = sys.argv[1:]
+number = getattr(signal, number)
+train.SAVE_EVERY = 0 if where else 30  # after every step
+if where.startswith("after "):
+    threading.Timer(float(where.split()[1]), os.kill, (os.getpid(), number)).start()
+elif where:
+    module, name, n = where.split()
+    module, calls = dict(features=features, train=train, os=os)[module], []
+    real = getattr(module, name)
+    def deadly(*args, **more):
+        calls.append(1)
+        if len(calls) == int(n):
+            os.kill(os.getpid(), number)
+        return real(*args, **more)
+    setattr(module, name, deadly)
+sys.exit(train.main(argv))
+"""
+TINY = (
+    "--dataset emodb --root corpus --folds 0,1 --window 0.5 --coefficients 8 --channels 2 --cnn-cells 3 --seq-cells 1 --nodes 2 --stem-stride 2 "
+    "--seq-space rnn_att --search-epochs 2 --epochs 2 --batch 4 --lr 0.1 --order 2 --select best --threads 1 --deterministic"
+).split()  # fmt: skip
+
+
+def drive(cwd, out, where="", number="SIGKILL"):
+    script = cwd / "driver.py"
+    script.write_text(DRIVER.format(here=str(HERE)))
+    argv = [*TINY, "--out", out, "--cache", f"cache-{out}"]
+    return subprocess.run([sys.executable, script, where, number, *argv], cwd=cwd, capture_output=True, text=True)
+
+
+def left_behind(cwd, out, features=True):
+    """Every file of a run and of its features, without what was measured in seconds."""
+    files = {}
+    for folder in (cwd / out, cwd / f"cache-{out}") if features else (cwd / out,):
+        for path in folder.rglob("*"):
+            if path.is_file() and path.name not in ("lock", "settings.json"):
+                content = path.read_bytes()
+                if path.name == "log.csv":
+                    content = [without_seconds(row) for row in csv.DictReader(content.decode().splitlines())]
+                elif path.name == "results.json":
+                    content = without_seconds(json.loads(content))
+                files[str(path.relative_to(folder))] = content
+    return files
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    for n, s, letter in itertools.product(range(4), (3, 8, 9), "WFNT"):
+        tone(cwd / "corpus" / f"{s:02}a{n:02}{letter}a.wav", 0.2, frequency=100 * s + 37 * n + 10 * ord(letter))
+    done = drive(cwd, "whole")
+    assert done.returncode == 0 and done.stderr.startswith("warning: emodb: found 12 angry"), done.stdout + done.stderr
+    return cwd, done.stdout
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(undisturbed):
+    cwd, _ = undisturbed
+    random = np.random.default_rng(5)
+    for where, number in (
+        ("features read_wav 40", "SIGKILL"),
+        ("train weight_step 2", "SIGKILL"),  # search: the alphas of this step have moved
+        ("train weight_step 1", "SIGTERM"),  # the last step of the epoch
+        ("os fsync 2", "SIGKILL"),  # in the middle of writing a checkpoint
+        ("train weight_step 5", "SIGINT"),  # training
+        ("train weight_step 3", "SIGKILL"),
+        ("train score 1", "SIGKILL"),
+        ("os replace 3", "SIGKILL"),
+        *((f"after {seconds}", "SIGKILL") for seconds in random.uniform(0.1, 0.6, 3)),
+    ):
+        died = drive(cwd, "killed", where, number)
+        code = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}[number]
+        assert died.returncode == code or where.startswith("after") and died.returncode == 0, f"{where}: {died.returncode}{died.stdout}{died.stderr}"
+        if code > 0:
+            assert f"stopped by {number}" in died.stderr and "--out killed" in died.stderr.splitlines()[-1]
+    done = drive(cwd, "killed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, killed = left_behind(cwd, "whole"), left_behind(cwd, "killed")
+    assert whole.keys() == killed.keys() and "fold1/model.pt" in whole
+    for name, content in whole.items():
+        assert killed[name] == content, name
+
+
+def test_a_finished_run_prints_its_table_and_trains_nothing(undisturbed, monkeypatch, capsys):
+    cwd, said = undisturbed
+    monkeypatch.chdir(cwd)
+    before = left_behind(cwd, "whole")
+    for module, name in ((features, "load"), (train, "fit"), (train, "write")):
+        monkeypatch.setattr(module, name, None)
+    assert train.main([*TINY, "--out", "whole"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines() == said.splitlines()[-len(out.splitlines()) :] and "pooled" in out
+    assert left_behind(cwd, "whole") == before
+
+
+def test_a_run_folder_belongs_to_one_process(undisturbed, monkeypatch, capsys):
+    cwd, _ = undisturbed
+    monkeypatch.chdir(cwd)
+    assert (cwd / "whole" / "lock").read_text().isdigit()  # of a process that is dead
+    _, locked = train.run_folder(train.parse([*TINY, "--out", "whole"]), {})
+    assert train.main([*TINY, "--out", "whole"]) == 2
+    assert f"whole is in use by another process ({os.getpid()}); wait for it" in capsys.readouterr().err
+    locked.close()
+    assert train.main([*TINY, "--out", "whole"]) == 0
+
+
+@pytest.fixture
+def stopped(undisturbed, monkeypatch, capsys):
+    """A run whose disk was full after the training of its first fold, and how to start it again. -> (folder, function)."""
+    cwd, _ = undisturbed
+    monkeypatch.chdir(cwd)
+    real = os.fsync
+
+    def full(file):
+        if "checkpoint" not in os.readlink(f"/proc/self/fd/{file}") and (cwd / "stopped/fold0/model.pt").exists():
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    def again():
+        code = train.main([*TINY[:-1], "--out", "stopped", "--cache", "cache-whole"])
+        return code, capsys.readouterr().err.replace("warning: emodb", "\0").split("\n", 1)[1]
+
+    if not (cwd / "stopped/fold0/checkpoint.pt").exists():
+        with monkeypatch.context() as m:
+            m.setattr(os, "fsync", full)
+            code, err = again()
+        assert code == 1 and err.startswith("error: [Errno 28] No space left on device; what was saved is whole") and err.count("\n") == 1
+    return cwd / "stopped", again
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_files_that_are_not_what_they_should_be_are_one_clear_line(stopped, capsys):
+    folder, again = stopped
+    file = folder / "fold0" / "checkpoint.pt"
+    good = file.read_bytes()
+
+    def saved(change=lambda state: None, **how):
+        state, out = torch.load(file, weights_only=True), io.BytesIO()
+        change(state)
+        torch.save(state, out, **how)
+        return out.getvalue()
+
+    def parts(name, **new):
+        return saved(lambda state: state["parts"][name].update(new))
+
+    def zipped(method, data=b"\0" * 2**20):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", method) as archive:
+            archive.writestr("archive/data.pkl", data)
+        return out.getvalue()
+
+    bias = torch.zeros(4)
+    other = Network(**SMALL, genotype=random_genotype()).state_dict()
+    hostile = {
+        "empty": b"", "text": b"hello", "cut": good[:-1000], "half": good[: len(good) // 2], "flipped": good[:5000] + b"x" + good[5001:],
+        "pickle": pickle.dumps(Evil()), "pickle in a zip": zipped(zipfile.ZIP_STORED, pickle.dumps(Evil())), "bomb": zipped(zipfile.ZIP_DEFLATED),
+        "code": saved(lambda state: state.update(run=Evil())), "old format": saved(_use_new_zipfile_serialization=False),
+        "another run": saved(lambda state: state.update(run="0")), "list": saved(lambda state: state.clear()),
+        "another network": saved(lambda state: state["parts"].update(net=other)), "shape": parts("net", **{"head.bias": torch.zeros(5)}),
+        "type": parts("net", **{"head.bias": bias.double()}), "number": parts("net", **{"head.bias": 0.0}),
+        "sparse": parts("net", **{"head.bias": bias.to_sparse()}), "meta": parts("net", **{"head.bias": bias.to("meta")}),
+        "momentum": parts("optimizer", state={0: {"momentum_buffer": bias}}), "who": parts("optimizer", state={10**6: {}}),
+        "groups": parts("optimizer", param_groups=[]), "schedule": parts("schedule", T_max="many"),
+        "random": saved(lambda state: state["now"][0].zero_()), "no random": saved(lambda state: state.update(begin=[])),
+        "epoch": saved(lambda state: state.update(epoch=-1)), "stage": saved(lambda state: state.update(stage="test")),
+        "rows": saved(lambda state: state.update(rows=[{"stage": "search", "seconds": "a"}])), "best": saved(lambda state: state.update(best_weights=None)),
+        "genotype": saved(lambda state: state.update(genotype='{"seq": [[["lstm_9", 0]]]}')),
+        "large genotype": saved(lambda state: state.update(genotype=json.dumps({"seq": [NODE] * 1000}))),
+        "half a genotype": saved(lambda state: state.update(genotype=json.dumps({"seq": [NODE] * 2}))),
+    }  # fmt: skip
+    for name, content in hostile.items():
+        file.write_bytes(content)
+        code, err = again()
+        assert code == 2 and re.fullmatch(r"error: stopped/fold0/checkpoint.pt is .*; delete it, and its fold starts anew\n", err), (name, err)
+    assert not Path("executed").exists() and not (folder / "results.json").exists()
+    file.write_bytes(good)
+    assert again()[0] == 0  # and the right file goes on
+    assert left_behind(folder.parent, "stopped", False) == left_behind(folder.parent, "whole", False)
+
+    results = json.loads((folder / "results.json").read_text())
+    for name, change in {
+        "list": "[]", "cut": "{", "deep": "[" * 100_000, "latin": b"\xff", "number": "1" * 5000, "another run": {"folds": results["folds"][1:]},
+        "accuracy": {"folds": [{**results["folds"][0], "ua": 1.5}]}, "confusion": {"folds": [{**results["folds"][0], "confusion": [[10**30] * 4] * 4}]},
+        "genotype": {"folds": [{**results["folds"][0], "genotype": {"seq": 1}}]}, "name": {"folds": [{**results["folds"][0], "name": None}]},
+    }.items():  # fmt: skip
+        content = json.dumps({**results, **change}) if isinstance(change, dict) else change
+        for file in ("results.json", "settings.json") if name in ("list", "cut", "deep", "latin", "number") else ("results.json",):
+            good = (folder / file).read_bytes()
+            (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+            code, err = again()
+            (folder / file).write_bytes(good)
+            assert code == 2 and err.startswith(f"error: stopped/{file} is damaged") and err.count("\n") == 1, (name, err)
+
+
+def test_numbers_that_no_step_can_be_made_with_stop_the_run(undisturbed, monkeypatch, capsys):
+    cwd, _ = undisturbed
+    monkeypatch.chdir(cwd)
+    argv = [*TINY[:-1], "--out", "broken", "--cache", "cache-whole"]
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(*args):
+        calls.append(1)
+        return real(*args) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    assert train.main(argv) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.0505: the norm of the gradient is nan", said)
+    assert len(set(re.findall(r"wav/?\S*|09a\d\d[WFNT]a\.wav", said))) == 8 and (cwd / "broken/fold0/not-finite.pt").exists()
+    checkpoint = (cwd / "broken/fold0/checkpoint.pt").read_bytes()
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()):
+
+        def clip(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        assert train.main(argv) == 1, capsys.readouterr().err
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert str(error)[:40] in said and "--batch" in said and (cwd / "broken/fold0/checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_everything_that_cannot_work_is_said_at_once(undisturbed, monkeypatch, capsys):
+    cwd, _ = undisturbed
+    monkeypatch.chdir(cwd)
+    (cwd / "corpus/08a00Ta.wav").rename(cwd / "kept")
+    (cwd / "file").touch()
+    for n in range(4):
+        (cwd / f"corpus/09a{n:02}Ta.wav").rename(cwd / f"sad{n}")
+    arguments = "--epochs 0 --batch 9 --lr nan --cnn-cells 0 --window 0.1 --device quantum --out file/run --dropout 1 --folds 0"
+    try:
+        code = train.main([*TINY, *arguments.split()])
+    finally:
+        (cwd / "kept").rename(cwd / "corpus/08a00Ta.wav")
+        for n in range(4):
+            (cwd / f"sad{n}").rename(cwd / f"corpus/09a{n:02}Ta.wav")
+    said = capsys.readouterr().err
+    for text in ("--epochs is 0", "--batch is 9, and half of a training set only 6", "--lr is nan", "cnn_cells is 0", "multiple of 0.0625", "--device quantum",
+                 "--out is file/run, where nothing can be written", "--dropout is 1.0", "fold 0: no training utterance is sad", "9 things cannot work"):  # fmt: skip
+        assert text in said, (text, said)
+    assert code == 2 and said.count("error:") == 1
+
+
+def mutated(random, content, tokens=(b"",)):
+    """Bytes with a few random changes: bits, cuts, repetitions, numbers at their limits, and tokens that the format knows."""
+    content = bytearray(content)
+    for _ in range(random.integers(1, 5)):
+        at, n = int(random.integers(len(content) + 1)), int(random.integers(1, 9))
+        new = [bytes(random.integers(0, 256, n, dtype=np.uint8)), b"", bytes(content[:at][-50:]), b"\xff" * n, b"\0" * n, b"\x7f" + b"\xff" * 3]
+        new += [tokens[random.integers(len(tokens))]] * 3
+        content[at : at + n * int(random.integers(2))] = new[random.integers(len(new))]
+        if random.integers(8) == 0:
+            del content[at:]
+    return bytes(content)
+
+
+def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
+    """2,700 mutants of genotypes, label files, tables, sounds and checkpoints: used or refused, quickly and within the memory."""
+    random, counts = np.random.default_rng(0), Counter()
+
+    def feed(kind, many, content, tokens, read, refusals=InputError):
+        read(content)
+        for _ in range(many):
+            mutant, started = mutated(random, content, tokens), time.perf_counter()
+            try:
+                read(mutant)
+                counts[f"{kind}: used"] += 1
+            except refusals:
+                counts[f"{kind}: refused"] += 1
+            assert time.perf_counter() - started < 5, mutant
+
+    text = random_genotype(3).to_json().encode()
+    tokens = [b"[", b"[" * 985, b"]", b"{", b'"', b",", b"null", b"true", b"-1", b"1" * 5000, b"1e999", b"NaN", b'"seq":', b"\\ud800", *(f'"{o}"'.encode() for o in SEQ_OPS)]
+    feed("genotype", 900, text, tokens, lambda mutant: str(Genotype.from_json(mutant.decode("latin-1"))), ValueError)
+
+    iemocap(tmp_path / "iemocap")
+    msp_improv(tmp_path / "msp-improv", tmp_path / "msp-improv/Evalution.txt")
+    msp_podcast(tmp_path / "msp-podcast", tmp_path / "msp-podcast/labels_consensus.csv", each=1)
+    own(tmp_path / "csv", "path,label,speaker,split", *(f"sounds/{s}{c}.wav,{c},{s},{split}" for s, split in zip("abc", ("train", "validation", "test")) for c in "xy"))
+    label_files = {
+        "iemocap": ("Session1/dialog/EmoEvaluation/Ses01F_impro04.txt", 60), "msp-improv": ("Evalution.txt", 40),
+        "msp-podcast": ("labels_consensus.csv", 100), "csv": ("mine.csv", 300),
+    }  # fmt: skip
+    tokens = [b",", b";", b"\t", b"\n", b"\r", b'"', b"\0", b"A" * 5000, b'"' + b"x" * 140_000, b"/", b"..", b"Train", b"[", b"\xd9\xa3", b"\xc5\xbf", b"Unknown"]
+    for dataset, (name, many) in label_files.items():
+        path = tmp_path / dataset / name
+
+        def read(mutant, dataset=dataset, path=path):
+            path.write_bytes(mutant)
+            for protocol in ("standard", "paper")[: 1 + (dataset != "csv")]:
+                folds(read_corpus(dataset, path if dataset == "csv" else tmp_path / dataset, "all", protocol))
+
+        feed(dataset, many, path.read_bytes(), tokens, read)
+
+    def read(mutant):
+        (tmp_path / "a.wav").write_bytes(mutant)
+        samples = features.read_wav(tmp_path / "a.wav")
+        assert samples.dtype == np.float32 and samples.ndim == 1 and np.isfinite(samples).all()
+
+    tokens = [b"RF64", b"RIFX", b"data", b"fmt ", b"ds64", struct.pack("<I", 2**32 - 1), struct.pack("<I", 999_983), struct.pack("<H", 65535), b"\0\0", b"\xfe\xff"]
+    tracemalloc.start()
+    for kind, bits, extensible in ((1, 8, False), (1, 16, True), (1, 24, False), (3, 32, True), (3, 64, False)):
+        sound = riff(kind, 1 + bits // 32, 16000, bits, encode(np.sin(np.arange(42)) / 2, kind, bits), extensible, not extensible)
+        feed("wav", 160, sound, tokens, read)
+    assert tracemalloc.get_traced_memory()[1] < 2e8  # no header is believed that announces gigabytes
+    tracemalloc.stop()
+
+    file, options = tmp_path / "fold0" / "checkpoint.pt", train.parse([*TINY, "--cnn-cells", "1", "--seq-cells", "0", "--nodes", "1"])
+    file.parent.mkdir()
+    keep, net = train.Keeper(options, torch.device("cpu"), file), train.network(options, 4)
+    optimizer, schedule = train.sgd(net, options, 2, 0.0)
+    next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
+    keep.save(file)
+    with zipfile.ZipFile(file) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in inside if name.endswith("data.pkl"))
+
+    def read(mutant, whole=False):
+        out = io.BytesIO(mutant)
+        if not whole:  # the archive is as it should be, and the mutant is the pickle in it
+            out = io.BytesIO()
+            with zipfile.ZipFile(out, "w") as archive:
+                for name, content in inside.items():
+                    archive.writestr(name, mutant if name == pickled else content)
+        file.write_bytes(out.getvalue())
+        keep = train.Keeper(options, torch.device("cpu"), file)
+        next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
+
+    tokens = [b"\x8c\x03abc", b"J\xff\xff\xff\x7f", b"K\x00", b"N", b"}", b"]", b"(", b"t", b"R", b"0", b"2", b"\x8b\xff\xff\xff\x7f", b"cos\nsystem\n", b"ctorch\nfloat32\n", b"q\x01"]
+    feed("checkpoint", 200, file.read_bytes(), [b"PK\3\4", b"PK\1\2"], lambda mutant: read(mutant, whole=True))
+    feed("pickle", 300, inside[pickled], tokens, read)
+    assert sum(counts.values()) == 2700
+    assert min(counts[f"{kind}: {answer}"] for kind in ("genotype", *label_files, "wav", "pickle") if kind != "iemocap" for answer in ("used", "refused")) > 0, counts

@@ -11,13 +11,21 @@ choose only with --select best; the test speakers are scored once, when everythi
 
 import argparse
 import csv
+import errno
 import hashlib
+import io
 import json
 import math
+import os
+import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,8 +35,8 @@ import torch.nn.functional as F
 import torchaudio
 
 import features
-from emodarts import Architect, Network, SEQ_SPACES, derive
-from features import CORPORA, InputError
+from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive
+from features import CORPORA, InputError, fcntl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: one dataclass, the command line is made from it.
@@ -95,11 +103,12 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
     recompute: bool = option(False, "compute edges again on the way back: much less memory, a little slower, the same numbers", "run")
     threads: int = option(None, "CPU threads (default: torch's)", "run", int)
+    deterministic: bool = option(False, "deterministic algorithms only; README names what a GPU has none for", "run")
 
 
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads")
+NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic")
 
 
 def parse(argv):
@@ -128,26 +137,55 @@ def parse(argv):
     return options
 
 
-def check(options, parts):
-    """Refuses what cannot work, before any work. -> the folds to run."""
+def check(options):
+    """Refuses what cannot work, before any work and all of it in one message. -> the corpus, the folds to run, the device."""
+    problems = []
+
+    def attempt(f, *args):
+        try:
+            return f(*args)
+        except (InputError, ValueError) as error:
+            problems.append(str(error))
+
     least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1, "workers": 1}
+    least |= dict.fromkeys(("lr", "lr_min", "alpha_lr", "alpha_decay", "momentum", "decay", "clip"), 0)
     for name, smallest in least.items():
-        if getattr(options, name) is not None and getattr(options, name) < smallest:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {smallest}")
+        value = getattr(options, name)
+        if value is not None and not smallest <= value < math.inf:  # nor is NaN
+            problems.append(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}")
     for name in ("dropout", "drop_path"):
         if not 0 <= getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
-    try:
-        with torch.device("meta"):
-            network(options, 2)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    try:
-        chosen = [int(k) for k in options.folds.split(",")] if options.folds else list(range(len(parts)))
-        assert set(chosen) <= set(range(len(parts)))
-    except (ValueError, AssertionError):
-        raise InputError(f"--folds is {options.folds!r}, expected numbers from 0 to {len(parts) - 1} with commas between them") from None
-    return sorted(set(chosen))
+            problems.append(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
+    with torch.device("meta"):
+        attempt(network, options, 2)
+    attempt(feature_settings, options)
+    device = attempt(pick_device, options.device)
+    for name, folder in (("out", out_folder(options)), ("cache", Path(options.cache))):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            problems.append(f"--{name} is {folder}, where nothing can be written: {there} is no folder that you may write to")
+    listing = attempt(
+        features.read_corpus, options.dataset, options.root, options.classes, options.protocol, options.strict
+    )  # fmt: skip
+    parts = listing and attempt(features.folds, listing) or []
+    chosen = list(range(len(parts)))
+    if options.folds and parts:
+        if set(re.split(r"\s*,\s*", options.folds.strip())) <= set(map(str, chosen)):
+            chosen = sorted({int(k) for k in options.folds.split(",")})
+        else:
+            problems.append(f"--folds is {options.folds!r:.80}, expected numbers from 0 to {len(parts) - 1} with commas between them")
+            chosen = []
+    for k in chosen:
+        missing = set(listing.classes) - {listing.utterances[i].label for i in parts[k].train}
+        if missing:
+            problems.append(f"fold {k}: no training utterance is {', '.join(sorted(missing))}; every class needs one in every training set")
+    # An utterance has one window at least: where many have more, a larger batch would work, and is refused all the same.
+    half = min((len(parts[k].train) // 2 for k in chosen), default=math.inf)
+    if options.batch > half:
+        problems.append(f"--batch is {options.batch}, and half of a training set only {half} utterances; the search takes a batch of each half")
+    if problems:
+        raise InputError("\n  ".join([f"{len(problems)} things cannot work:"] * (len(problems) > 1) + problems))
+    return listing, chosen, device
 
 
 def network(options, classes, genotype=None):
@@ -169,6 +207,7 @@ class Data:
     def __init__(self, listing, store, classes, normalise, device):
         self.listing, self.store, self.normalise, self.device = listing, store, normalise, device
         self.classes, self.labels = classes, np.array([classes.index(u.label) for u in listing.utterances])
+        self.drawn = ()
         self.features = torch.from_numpy(store.features)  # (windows, F, T) float16
         if device.type == "cuda" and store.features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
             self.features = self.features.to(device)
@@ -212,14 +251,20 @@ class Data:
         row = self.row[windows].to(self.device)
         return ((x - self.mean[row][:, :, None]) / self.std[row][:, :, None])[:, None]
 
-    def batches(self, utterances, steps):
-        """All windows of `utterances`, shuffled, in `steps` batches of equal size: pairs (x, target)."""
+    def batches(self, utterances, steps, skip=0):
+        """All windows of `utterances`, shuffled, in `steps` batches of equal size: pairs (x, target). The order is drawn at
+        once; the first `skip` batches are left out. `drawn` says of which utterances the last two batches were."""
         window, of = self.store.windows_of(utterances)
         target = torch.from_numpy(self.labels[utterances][of])
         rounds = -(-steps // len(window))
         order = torch.cat([torch.randperm(len(window)) for _ in range(rounds)])
-        for part in order.tensor_split(steps):
-            yield self.batch(torch.from_numpy(window)[part]), target[part].to(self.device)
+
+        def made():
+            for part in order.tensor_split(steps)[skip:]:
+                self.drawn = (*self.drawn, [utterances[i] for i in of[part.numpy()]])[-2:]
+                yield self.batch(torch.from_numpy(window)[part]), target[part].to(self.device)
+
+        return made()
 
     def steps(self, utterances, batch):
         return -(-len(self.store.windows_of(utterances)[0]) // batch)
@@ -278,11 +323,196 @@ def predict(net, data, utterances, batch=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What outlives the process
+
+SAVE_EVERY = 30  # seconds between two checkpoints of an unfinished stage; times the seconds that one takes, where it takes more than one
+COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")  # of log.csv
+
+
+def write(file, content):
+    """Writes bytes, or what the function `content` writes. Whenever the process dies, the file is the old one or the new one."""
+    part = file.with_name(file.name + ".part")
+    try:
+        with open(part, "wb") as out:
+            out.write(content) if isinstance(content, bytes) else content(out)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError:  # a full disk: make room again
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, file)
+
+
+@contextmanager
+def untrusted(file, remedy):
+    """Inside, a file is read and checked. Whatever it provokes (a hostile one may provoke anything) is an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):  # which is no reason to delete anything
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} is damaged or not of this run ({why:.150}); {remedy}") from None
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
+def must(true, otherwise):
+    """An assertion that `python -O` does not drop."""
+    if not true:
+        raise ValueError(otherwise)
+
+
+def alike(found, expected):
+    """Whether what a file holds has the form of `expected`: types, names, lengths, shapes."""
+    if isinstance(expected, torch.Tensor):
+        form = (expected.shape, expected.dtype, torch.strided, "cpu")
+        return isinstance(found, torch.Tensor) and (found.shape, found.dtype, found.layout, found.device.type) == form
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(alike(found[name], v) for name, v in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(alike, found, expected))
+    return True
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. Like KeyboardInterrupt no Exception: nobody shall take it for an error of his own."""
+
+
+class Stop:
+    """Handles SIGTERM and Ctrl-C: at once, or after the step when there is one (`later`). The second one is not made to wait."""
+
+    signal, later = None, False
+
+    def __call__(self, number, frame):
+        first, self.signal = self.signal is None, number
+        if not (first and self.later):
+            raise Stopped(number)
+
+
+class Keeper:
+    """Where the search or the training of a fold stands, in memory and in one file, from which a new process goes on with
+    the very next step: networks and optimisers (`parts`), random generators, epoch, step, sums of the epoch so far, the
+    best epoch so far, the rows of the log, the seconds spent. Without a file nothing is saved."""
+
+    KEPT = ("run", "stage", "genotype", "epoch", "step", "begin", "sums", "best", "best_weights", "rows", "seconds")
+
+    def __init__(self, options, device, file=None, stop=None):
+        self.run, self.device, self.file, self.stop = f"{key_of(options)}, {file and file.parent.name}", device, file, stop or Stop()
+        self.sums, self.best, self.best_weights = {"loss": 0.0, "alpha_loss": 0.0}, {"ua": -1.0, "epoch": 0}, None
+        self.stage, self.genotype, self.epoch, self.step, self.begin = "search", "", 0, 0, self.random()
+        self.rows, self.seconds, self.parts, self.found = [], {"search": 0.0, "train": 0.0}, {}, None
+        self.saved, self.wait = time.monotonic(), SAVE_EVERY
+        if file and file.exists():
+            with self.untrusted():
+                with open(file, "rb") as raw, zipfile.ZipFile(raw) as archive:
+                    inside = archive.infolist()
+                    raw.seek(0)  # torch.load takes whatever does not begin like this for an older format, which trusts the lengths in it
+                    must(raw.read(4) == b"PK\3\4" and all(i.compress_type == zipfile.ZIP_STORED for i in inside), "no checkpoint")
+                    must(sum(i.file_size for i in inside) <= file.stat().st_size and archive.testzip() is None, "contents do not fit")
+                found, free = torch.load(file, map_location="cpu", weights_only=True), ("genotype", "best_weights", "rows", "parts")
+                mine = self.state()
+                must(type(found) is dict and found.keys() == mine.keys(), "not the contents of a checkpoint")
+                must(found["run"] == self.run, "of another run or fold")
+                must(all(alike(found[name], mine[name]) for name in mine.keys() - free), "not the contents of a checkpoint")
+                must(found["stage"] in self.seconds and found["epoch"] >= 0 and found["step"] >= 0, "no such stage, epoch or step")
+                for row in found["rows"]:
+                    must(row.keys() <= set(COLUMNS) and row["stage"] in self.seconds and type(row["seconds"]) is float, "not rows of a log")
+                if found["stage"] == "train":
+                    genotype = Genotype.from_json(found["genotype"])
+                    must(all(len(cell) == options.nodes for cell in vars(genotype).values() if cell), "a genotype of another size")
+                    with torch.device("meta"):
+                        network(options, 2, genotype)
+                self.found, self.stage, self.genotype, self.rows = (found, *(found[name] for name in ("stage", "genotype", "rows")))
+
+    def untrusted(self):
+        return untrusted(self.file, "delete it, and its fold starts anew")
+
+    def state(self):
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {name: getattr(self, name) for name in self.KEPT} | {"now": self.random(), "parts": parts}
+
+    def random(self):
+        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+
+    def set_random(self, states):
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    def restore(self):
+        """Everything but the random state within the epoch: the orders of its batches are first to be drawn again."""
+        for name, part in self.parts.items():
+            theirs, mine = self.found["parts"][name], part.state_dict()
+            if isinstance(part, torch.optim.Optimizer):  # which holds nothing before its first step
+                w = part.param_groups[0]["params"]
+                held = ("step", "exp_avg", "exp_avg_sq") if isinstance(part, torch.optim.Adam) else ("momentum_buffer",)
+                mine["state"] = {i: {n: torch.zeros(()) if n == "step" else w[i].detach().cpu() for n in held} for i in theirs["state"]}
+            mine = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in mine.items()}
+            must(alike({**theirs}, mine), f"its {name} is that of another network")
+            part.load_state_dict(theirs)
+        best, weights = self.found["best"], self.found["best_weights"]
+        net = {n: t.cpu() for n, t in self.parts["net"].state_dict().items()}
+        must(weights is None if best["epoch"] == 0 else alike(weights, net), "its best weights are those of another network")
+        for name in self.KEPT:
+            setattr(self, name, self.found[name])
+        self.now, self.found = self.found["now"], None
+        self.set_random(self.now)  # refused here if it cannot be
+        self.set_random(self.begin)
+
+    def epochs(self, total, **parts):
+        """The epochs that are left of this stage, whose `parts` are new or, from the file, as they were."""
+        self.parts, self.mark = parts, time.perf_counter()
+        if self.found:
+            with self.untrusted():
+                self.restore()
+        else:
+            self.begin = self.random()
+        self.stop.later = True
+        while self.epoch < total:
+            yield self.epoch
+            self.epoch, self.step, self.sums, self.begin = self.epoch + 1, 0, dict.fromkeys(self.sums, 0.0), self.random()
+            self.pause(self.epoch == total)
+        self.stop.later = False
+
+    def steps(self, batches):
+        """The batches that are left of this epoch. Where it is not at its start, they were made with step batches skipped."""
+        if self.step:
+            self.set_random(self.now)
+        for batch in batches:
+            yield batch
+            self.step += 1
+            self.pause()
+
+    def pause(self, last=False):
+        if self.file and (last or self.stop.signal or time.monotonic() - self.saved >= self.wait):
+            self.save(self.file)
+        if self.stop.signal:
+            raise Stopped(self.stop.signal)
+
+    def save(self, file):
+        started, now = time.monotonic(), time.perf_counter()
+        self.seconds[self.stage], self.mark = self.seconds[self.stage] + now - self.mark, now
+        write(file, lambda out: torch.save(self.state(), out))
+        self.saved = time.monotonic()
+        self.wait = SAVE_EVERY * max(1, self.saved - started)
+
+    def next(self, genotype):
+        """The search is over."""
+        self.stage, self.genotype, self.epoch = "train", genotype.to_json(), 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Search and training
 
 
-def search(net, data, train, options, log):
+def search(net, data, train, options, log, keep=None):
     """Moves alphas and weights in turn. The network is a supernet; `train` are the training speakers' utterances."""
+    keep = keep or Keeper(options, data.device)
     w_half, alpha_half = halves(train, data.labels)
     steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
 
@@ -291,41 +521,43 @@ def search(net, data, train, options, log):
 
     architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, weight_decay=options.alpha_decay)
     optimizer, schedule = sgd(net, options, options.search_epochs, options.lr_min)
-    for epoch in range(options.search_epochs):
-        started, total, alpha_total, lr = time.perf_counter(), 0.0, 0.0, optimizer.param_groups[0]["lr"]
+    for epoch in keep.epochs(options.search_epochs, net=net, optimizer=optimizer, schedule=schedule, alphas=architect.optimizer):
+        started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         net.train()
-        for (x, target), val in zip(data.batches(w_half, steps), data.batches(alpha_half, steps)):
-            alpha_total += architect.step(val, (x, target), xi=lr)
-            total += weight_step(net, loss(net(x), target), optimizer, options.clip)
+        batches = zip(data.batches(w_half, steps, keep.step), data.batches(alpha_half, steps, keep.step))
+        for (x, target), val in keep.steps(batches):
+            keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
+            keep.sums["loss"] += weight_step(net, loss(net(x), target), optimizer, options.clip)
         schedule.step()
         log(
-            stage="search", epoch=epoch + 1, lr=lr, loss=total / steps, alpha_loss=alpha_total / steps, entropy=entropy(net),
-            seconds=time.perf_counter() - started,
+            stage="search", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, alpha_loss=keep.sums["alpha_loss"] / steps,
+            entropy=entropy(net), seconds=time.perf_counter() - started,
         )  # fmt: skip
 
 
-def train(net, data, train, validation, options, log):
+def train(net, data, train, validation, options, log, keep=None):
     """Trains a derived network from scratch. -> epoch that counts."""
+    keep = keep or Keeper(options, data.device)
     steps, class_weights = data.steps(train, options.batch), data.class_weights(train)
     optimizer, schedule = sgd(net, options, options.epochs, 0.0)
-    best = (-1.0, 0, None)
-    for epoch in range(options.epochs):
-        started, total, lr = time.perf_counter(), 0.0, optimizer.param_groups[0]["lr"]
+    for epoch in keep.epochs(options.epochs, net=net, optimizer=optimizer, schedule=schedule):
+        started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         net.train()
         net.drop_path = options.drop_path * epoch / options.epochs
-        for x, target in data.batches(train, steps):
-            total += weight_step(net, F.cross_entropy(net(x), target, class_weights), optimizer, options.clip)
+        for x, target in keep.steps(data.batches(train, steps, keep.step)):
+            keep.sums["loss"] += weight_step(net, F.cross_entropy(net(x), target, class_weights), optimizer, options.clip)
         schedule.step()
         seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
         log(
-            stage="train", epoch=epoch + 1, lr=lr, loss=total / steps, val_ua=ua(seen), val_wa=wa(seen),
+            stage="train", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, val_ua=ua(seen), val_wa=wa(seen),
             seconds=time.perf_counter() - started,
         )  # fmt: skip
-        if options.select == "best" and ua(seen) >= best[0]:
-            best = (ua(seen), epoch + 1, {name: t.clone() for name, t in net.state_dict().items()})
+        if options.select == "best" and ua(seen) >= keep.best["ua"]:
+            keep.best = {"ua": ua(seen), "epoch": epoch + 1}
+            keep.best_weights = {name: t.clone() for name, t in net.state_dict().items()}
     if options.select == "best":
-        net.load_state_dict(best[2])
-        return best[1]
+        net.load_state_dict(keep.best_weights)
+        return keep.best["epoch"]
     return options.epochs
 
 
@@ -333,9 +565,21 @@ def weight_step(net, loss, optimizer, clip):
     """One step of the weights, and of nothing else: -> the loss, a float. In a search the alphas get no gradient."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=net.weights())
-    torch.nn.utils.clip_grad_norm_(net.weights(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(net.weights(), clip)
+    value = finite(loss.item())
+    finite(norm.item(), "norm of the gradient")
     optimizer.step()
-    return loss.item()
+    return value
+
+
+def finite(value, what="loss"):
+    if not math.isfinite(value):
+        raise NotFinite(f"the {what} is {value}")
+    return value
+
+
+class NotFinite(Exception):
+    """A number that no step can be made with."""
 
 
 def sgd(net, options, epochs, lr_min):
@@ -352,37 +596,46 @@ def entropy(net):
     return torch.cat(parts).mean().item()
 
 
-def fit(k, fold, data, options, folder, progress):
+def fit(k, fold, data, options, folder, progress, keep):
     """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json, log.csv and model.pt.
     -> (the network, what results.json says of it)."""
-    folder.mkdir(parents=True, exist_ok=True)
     data.standardise_by(fold.train)
-    columns = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")
     with open(folder / "log.csv", "w", newline="") as file:
-        rows = csv.DictWriter(file, columns)
+        rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
+        rows.writerows(keep.rows)
+        for row in keep.rows:
+            progress.count(row)
 
         def log(**row):
-            rows.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+            keep.rows.append({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+            rows.writerow(keep.rows[-1])
             file.flush()
             progress.epoch(k, row)
 
-        started = time.perf_counter()
-        seed(options, k, 0)
-        supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
-        search(supernet, data, fold.train, options, log)
-        genotype = derive(supernet)
-        searched = time.perf_counter()
-        (folder / "genotype.json").write_text(genotype.to_json())
-        progress.say(f"fold {k}: found in {searched - started:.0f} s\n{genotype}")
+        try:
+            if keep.stage == "search":
+                seed(options, k, 0)
+                supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
+                search(supernet, data, fold.train, options, log, keep)
+                keep.next(derive(supernet))
+                progress.say(f"fold {k}: found in {keep.seconds['search']:.0f} s\n{derive(supernet)}")
+            genotype = Genotype.from_json(keep.genotype)
+            write(folder / "genotype.json", keep.genotype.encode())
 
-        seed(options, k, 1)
-        net = network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
-        epoch = train(net, data, fold.train, fold.validation, options, log)
-        trained = time.perf_counter()
+            seed(options, k, 1)
+            net = network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
+            epoch = train(net, data, fold.train, fold.validation, options, log, keep)
+        except NotFinite as error:
+            keep.save(folder / "not-finite.pt")
+            names = ", ".join(data.listing.name(data.listing.utterances[i]) for members in data.drawn for i in members)
+            raise NotFinite(
+                f"fold {k}, {keep.stage}, epoch {keep.epoch + 1}, step {keep.step + 1}, learning rate "
+                f"{keep.parts['optimizer'].param_groups[0]['lr']:g}: {error}. {folder / 'not-finite.pt'} holds the state, for a look at it; "
+                f"a checkpoint from before it stays. Look into the batch, or try a smaller --lr or --alpha-lr with another --out. Batch: {names}"
+            ) from None
 
-    torch.save(
-        {
+    model = {
             "format": "emodarts-1",
             "sizes": {name: getattr(options, name) for name in NETWORK_SIZES},
             "genotype": genotype.to_json(),
@@ -395,15 +648,14 @@ def fit(k, fold, data, options, folder, progress):
                 "dataset": options.dataset, "protocol": options.protocol, "epoch": epoch,
                 "speakers": speakers(data.listing, fold.train), "validation": speakers(data.listing, fold.validation),
             },
-        },
-        folder / "model.pt",
-    )  # fmt: skip
+    }  # fmt: skip
+    write(folder / "model.pt", lambda out: torch.save(model, out))
     return net, {
         "validation": speakers(data.listing, fold.validation),
         "epoch": epoch,
         "genotype": json.loads(genotype.to_json()),
         "parameters": sum(p.numel() for p in net.weights()),
-        "seconds": {"search": round(searched - started, 1), "training": round(trained - searched, 1)},
+        "seconds": {"search": round(keep.seconds["search"], 1), "training": round(keep.seconds["train"], 1)},
     }
 
 
@@ -413,12 +665,13 @@ def score(net, data, members, file):
     confusion = confusion_matrix(data.labels[members], logits.argmax(1), len(data.classes))
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
-    with open(file, "w", newline="") as out:
-        rows = csv.writer(out)
-        rows.writerow(["utterance", "label", "predicted", *data.classes])
-        for i, p in zip(members, probabilities):
-            u = data.listing.utterances[i]
-            rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.6f}" for v in p)])
+    out = io.StringIO(newline="")
+    rows = csv.writer(out)
+    rows.writerow(["utterance", "label", "predicted", *data.classes])
+    for i, p in zip(members, probabilities):
+        u = data.listing.utterances[i]
+        rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.6f}" for v in p)])
+    write(file, out.getvalue().encode(errors="surrogateescape"))
     return {"test": speakers(data.listing, members), "ua": ua(confusion), "wa": wa(confusion), "confusion": confusion.tolist()}
 
 
@@ -444,10 +697,13 @@ class Progress:
         self.seconds = {"search": [], "train": []}
         self.folds = chosen
 
+    def count(self, row):
+        self.left[row["stage"]] -= 1
+        self.seconds[row["stage"]].append(row["seconds"])
+
     def epoch(self, k, row):
+        self.count(row)
         stage = row["stage"]
-        self.left[stage] -= 1
-        self.seconds[stage].append(row["seconds"])
         text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  loss {row['loss']:.3f}"
         if stage == "search":
             text += f"  on the alphas' half {row['alpha_loss']:.3f}  entropy {row['entropy']:.3f}"
@@ -534,22 +790,75 @@ def estimate(options, data, parts, chosen):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def settings_of(options):
+    return {name: v for name, v in asdict(options).items() if name not in NOT_SETTINGS}
+
+
+def key_of(options):
+    return hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def out_folder(options):
+    return Path(options.out or Path("runs", f"{options.dataset}-{options.scale}-{key_of(options)}"))
+
+
 def run_folder(options, settings):
-    """Makes the folder of the run. One that already holds a run with other settings is refused: nothing is lost."""
-    mine = {name: v for name, v in asdict(options).items() if name not in NOT_SETTINGS}
-    key = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(options.out or Path("runs", f"{options.dataset}-{options.scale}-{key}"))
-    if (folder / "settings.json").exists():
+    """Makes the folder of the run. One that already holds a run with other settings is refused: nothing is lost. -> (the
+    folder, an open file: as long as it is open, no other process gets the folder; the lock of a dead process is free)."""
+    mine, folder = settings_of(options), out_folder(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = open(folder / "lock", "a+", errors="replace")
+    if fcntl:  # Windows has no such lock; there, two processes are not kept apart
         try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locked.seek(0)
+            pid = re.sub(r"\D", "", locked.read(20))
+            raise InputError(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
+    locked.truncate(0)
+    locked.write(str(os.getpid()))
+    locked.flush()
+    if (folder / "settings.json").exists():
+        with untrusted(folder / "settings.json", "give another --out, or delete the folder"):
             theirs = json.loads((folder / "settings.json").read_text())["options"]
-            differ = [f"{name} ({theirs.get(name)} there, {v} here)" for name, v in mine.items() if theirs.get(name) != v]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            differ = ["settings.json, which cannot be read"]
+            differ = [f"{name} ({theirs.get(name)!s:.80} there, {v} here)" for name, v in mine.items() if theirs.get(name) != v]
         if differ:
             raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    return folder
+    elif (folder / "results.json").exists():
+        raise InputError(f"{folder} holds a results.json and no settings.json that would say of what; give another --out")
+    else:  # those that the run was begun with stay
+        write(folder / "settings.json", (json.dumps(settings, indent=1) + "\n").encode())
+    return folder, locked
+
+
+def finished(file, options, chosen, classes):
+    """-> what results.json says of the folds that are finished: [their entries, those of the other corpus, notes]."""
+    if not file.exists():
+        return [], [], []
+    with untrusted(file, "move it away, and the run starts anew"):
+        results = json.loads(file.read_text())
+        runs, cross, notes = results["folds"], results["cross"]["folds"] if options.test_dataset else [], results["notes"]
+        for entries in (runs, cross) if options.test_dataset else (runs,):
+            must([run["fold"] for run in entries] == chosen[: len(runs)], "not the folds of this run")
+        for run in (*runs, *cross):
+            confusion = np.array(run["confusion"])
+            must(confusion.shape == (len(classes),) * 2 and confusion.dtype.kind == "i" and confusion.min() >= 0, "not a confusion matrix")
+            must((run["ua"], run["wa"]) == (ua(confusion), wa(confusion)), "its accuracies are not those of its confusion matrix")
+            names = [run["name"], *run["validation"], *run["test"], *notes]
+            must(all(isinstance(name, str) for name in names) and run["trained_as"] in chosen, "not the entry of a fold")
+            numbers = (run["parameters"], run["epoch"], run["seconds"]["search"], run["seconds"]["training"])
+            must(all(type(number) in (int, float) and 0 <= number < 1e15 for number in numbers), "not the entry of a fold")
+            Genotype.from_json(json.dumps(run["genotype"]))
+    return runs, cross, notes
+
+
+def report(options, folder, runs, cross, notes):
+    for checkpoint in folder.glob("fold*/checkpoint.pt*"):  # of a process that was killed before it removed it
+        checkpoint.unlink()
+    print(f"{options.dataset}, protocol {options.protocol}", *table(runs), *notes, sep="\n")
+    if cross:
+        print(f"\ntested on the whole of {options.test_dataset}", *table(cross), sep="\n")
+    print(f"results, genotypes, logs, models and predictions are in {folder}")
 
 
 def versions():
@@ -571,10 +880,9 @@ def pick_device(name):
     return torch.device(name)
 
 
-def run(argv):
+def run(argv, stop, held):
     options = parse(argv)
-    listing = features.read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
-    chosen = check(options, features.folds(listing))  # what cannot work is refused before any work
+    listing, chosen, device = check(options)
     other = None
     if options.test_dataset:
         other = features.read_corpus(options.test_dataset, options.test_root, options.classes, strict=options.strict)
@@ -583,12 +891,27 @@ def run(argv):
                 f"{options.test_dataset} has the classes {', '.join(other.classes)}, and {options.dataset} those to train on: "
                 f"{', '.join(listing.classes)}; every class that is tested must be trained"
             )
-    device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.deterministic:  # where a GPU has no deterministic algorithm, torch warns and names the operation
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
-    folder = run_folder(options, settings)
+    folder, locked = run_folder(options, settings)
+    held.enter_context(locked)
+    classes = listing.classes
+    runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
+    if len(runs) == len(chosen):
+        return report(options, folder, runs, cross, notes)
     progress = Progress(options, chosen)
+    for stage in progress.left:
+        progress.left[stage] -= progress.length[stage] * len(runs)
+    with torch.device("meta"):
+        checkpoint = 8 * sum(p.numel() for p in network(options, len(classes)).weights())  # with a momentum for each weight
+    maps = 2 * len(listing.utterances) * math.prod(feature_settings(options).shape)
+    if checkpoint + maps > 1e9:
+        print(f"writes {maps / 1e9:.1f} GB of features or more to {options.cache}, unless they are there, and to {folder} checkpoints of "
+              f"{checkpoint / 1e9:.1f} GB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e9:.0f} GB are free")  # fmt: skip
 
     def data_of(listing):
         store = features.load(
@@ -597,7 +920,6 @@ def run(argv):
         )  # fmt: skip
         return Data(listing, store, classes, options.normalise, device)
 
-    classes = listing.classes
     data, other = data_of(listing), other and data_of(other)
     parts = features.folds(listing, data.store.bad)
     print(f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
@@ -620,12 +942,17 @@ def run(argv):
         "dataset": options.dataset, "protocol": options.protocol, "classes": list(classes), "normalise": options.normalise,
         "skipped": list(data.store.bad.values()), "notes": notes,
     }  # fmt: skip
-    runs, cross, before = [], [], None
-    for k in chosen:
-        sides, place = (parts[k].train, parts[k].validation), folder / f"fold{k}"
-        if sides != before:  # MSP-Podcast's test sets are scored by one and the same network
-            net, about = fit(k, parts[k], data, options, place, progress)
-            about["trained_as"], before = k, sides
+    # MSP-Podcast's test sets are scored by one and the same network: fold -> the fold that it is trained as.
+    same = {k: next(j for j in chosen if (parts[j].train, parts[j].validation) == (parts[k].train, parts[k].validation)) for k in chosen}
+    trained = None
+    for k in chosen[len(runs) :]:
+        first = same[k]
+        if first != trained:
+            (folder / f"fold{first}").mkdir(exist_ok=True)
+            keep = Keeper(options, device, folder / f"fold{first}" / "checkpoint.pt", stop)
+            net, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
+            about["trained_as"], trained = first, first
+        place = folder / f"fold{k}"
         place.mkdir(exist_ok=True)
         # Everything is chosen: the test speakers are scored, once.
         runs.append({"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
@@ -635,21 +962,44 @@ def run(argv):
             members = [i for i in range(len(other.labels)) if i not in other.store.bad]
             cross.append({"fold": k, "name": options.test_dataset, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
             results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        if first not in [same[j] for j in chosen[len(runs) :]]:
+            (folder / f"fold{first}" / "checkpoint.pt").unlink(missing_ok=True)
     progress.say("")
-    print(f"{options.dataset}, protocol {options.protocol}", *table(runs), *notes, sep="\n")
-    if other:
-        print(f"\ntested on the whole of {options.test_dataset}", *table(cross), sep="\n")
-    print(f"results, genotypes, logs, models and predictions are in {folder}")
+    report(options, folder, runs, cross, notes)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (InputError, OSError) as error:
+        with ExitStack() as held:  # the lock
+            run(argv, stop, held)
+        return 0
+    except Stopped as stopped:
+        command = shlex.join(["python", "train.py", *argv])
+        print(f"\nstopped by {signal.Signals(stopped.args[0]).name}; this goes on from here:\n  {command}", file=sys.stderr)
+        return 128 + stopped.args[0]
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error}" + "; what was saved is whole: make room, and the same command goes on" * full, file=sys.stderr)
+        return 1 if full else 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'} The last checkpoint is whole. Less memory is taken by a smaller "
+              "--batch, --channels, --nodes, --cnn-cells or --seq-cells, a restricted --seq-space, and --order 1", file=sys.stderr)  # fmt: skip
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import signal
 import statistics
 import struct
@@ -1298,8 +1299,14 @@ import features, train
 where, number, *argv = sys.argv[1:]
 number = getattr(signal, number)
 train.SAVE_EVERY = 0 if where else 30  # after every step
-if where.startswith("after "):
-    threading.Timer(float(where.split()[1]), os.kill, (os.getpid(), number)).start()
+if where.startswith("after "):  # seconds after the folder was made
+    lock = train.lock
+    def timed(folder):
+        timer = threading.Timer(float(where.split()[1]), os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+        return lock(folder)
+    train.lock = timed
 elif where:
     module, name, n = where.split()
     module, calls = dict(features=features, train=train, os=os)[module], []
@@ -1361,7 +1368,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(undisturb
         ("train weight_step 5", "SIGINT"),  # training
         ("train weight_step 3", "SIGKILL"),
         ("train score 1", "SIGKILL"),
-        ("os replace 3", "SIGKILL"),
         *((f"after {seconds}", "SIGKILL") for seconds in random.uniform(0.1, 0.6, 3)),
     ):
         died = drive(cwd, "killed", where, number)
@@ -1384,8 +1390,8 @@ def test_a_finished_run_prints_its_table_and_trains_nothing(undisturbed, monkeyp
     for module, name in ((features, "load"), (train, "fit"), (train, "write")):
         monkeypatch.setattr(module, name, None)
     assert train.main([*TINY, "--out", "whole"]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines() == said.splitlines()[-len(out.splitlines()) :] and "pooled" in out
+    first, *again = capsys.readouterr().out.splitlines()
+    assert first.startswith("whole is finished") and again == said.splitlines()[-len(again) :] and any("pooled" in line for line in again)
     assert left_behind(cwd, "whole") == before
 
 
@@ -1422,6 +1428,19 @@ def stopped(undisturbed, monkeypatch, capsys):
             code, err = again()
         assert code == 1 and err.startswith("error: [Errno 28] No space left on device; what was saved is whole") and err.count("\n") == 1
     return cwd / "stopped", again
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    file, before = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.write(file, b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        for content in (bytes(20_000), lambda out: torch.save(torch.zeros(20_000), out)):  # the second fails within torch
+            with pytest.raises(OSError, match="File too large"):
+                train.write(file, content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
 
 
 class Evil:
@@ -1607,7 +1626,7 @@ def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
 
     file, options = tmp_path / "fold0" / "checkpoint.pt", train.parse([*TINY, "--cnn-cells", "1", "--seq-cells", "0", "--nodes", "1"])
     file.parent.mkdir()
-    keep, net = train.Keeper(options, torch.device("cpu"), file), train.network(options, 4)
+    keep, net = train.Keeper(torch.device("cpu"), "run", file), train.network(options, 4)
     optimizer, schedule = train.sgd(net, options, 2, 0.0)
     next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
     keep.save(file)
@@ -1623,7 +1642,7 @@ def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
                 for name, content in inside.items():
                     archive.writestr(name, mutant if name == pickled else content)
         file.write_bytes(out.getvalue())
-        keep = train.Keeper(options, torch.device("cpu"), file)
+        keep = train.Keeper(torch.device("cpu"), "run", file)
         next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
 
     tokens = [b"\x8c\x03abc", b"J\xff\xff\xff\x7f", b"K\x00", b"N", b"}", b"]", b"(", b"t", b"R", b"0", b"2", b"\x8b\xff\xff\xff\x7f", b"cos\nsystem\n", b"ctorch\nfloat32\n", b"q\x01"]

@@ -106,6 +106,7 @@ class Options:
     deterministic: bool = option(False, "deterministic algorithms only; README names what a GPU has none for", "run")
 
 
+COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")  # of log.csv
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
 NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic")
@@ -164,9 +165,7 @@ def check(options):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             problems.append(f"--{name} is {folder}, where nothing can be written: {there} is no folder that you may write to")
-    listing = attempt(
-        features.read_corpus, options.dataset, options.root, options.classes, options.protocol, options.strict
-    )  # fmt: skip
+    listing = attempt(features.read_corpus, options.dataset, options.root, options.classes, options.protocol, options.strict)
     parts = listing and attempt(features.folds, listing) or []
     chosen = list(range(len(parts)))
     if options.folds and parts:
@@ -323,10 +322,12 @@ def predict(net, data, utterances, batch=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What outlives the process
+# What outlives the process: files that are whole or not there, a checkpoint from which the next process goes on with the
+# very next step, a lock, and signals that wait for the end of a step. What is read back is not trusted: it is loaded
+# without executing anything and must have the form of what is expected.
 
 SAVE_EVERY = 30  # seconds between two checkpoints of an unfinished stage; times the seconds that one takes, where it takes more than one
-COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")  # of log.csv
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(file, content):
@@ -337,46 +338,26 @@ def write(file, content):
             out.write(content) if isinstance(content, bytes) else content(out)
             out.flush()
             os.fsync(out.fileno())
-    except OSError:  # a full disk: make room again
+    except Exception as error:  # a full disk: make room again; torch hides what the disk said
         part.unlink(missing_ok=True)
-        raise
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     os.replace(part, file)
 
 
-@contextmanager
-def untrusted(file, remedy):
-    """Inside, a file is read and checked. Whatever it provokes (a hostile one may provoke anything) is an InputError."""
-    try:
-        yield
-    except Exception as error:
-        if out_of_memory(error):  # which is no reason to delete anything
-            raise
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is damaged or not of this run ({why:.150}); {remedy}") from None
-
-
-def out_of_memory(error):
-    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)) is not None
-
-
-def must(true, otherwise):
-    """An assertion that `python -O` does not drop."""
-    if not true:
-        raise ValueError(otherwise)
-
-
-def alike(found, expected):
-    """Whether what a file holds has the form of `expected`: types, names, lengths, shapes."""
-    if isinstance(expected, torch.Tensor):
-        form = (expected.shape, expected.dtype, torch.strided, "cpu")
-        return isinstance(found, torch.Tensor) and (found.shape, found.dtype, found.layout, found.device.type) == form
-    if type(found) is not type(expected):
-        return False
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(alike(found[name], v) for name, v in expected.items())
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(alike, found, expected))
-    return True
+def lock(folder):
+    """-> an open file. Until it is closed no other process gets it; the lock of a dead process is free."""
+    locked = open(folder / "lock", "a+", errors="replace")
+    if fcntl:  # Windows has no such lock; there, two processes are not kept apart
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locked.seek(0)
+            pid = re.sub(r"\D", "", locked.read(20))
+            raise InputError(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
+    locked.truncate(0)
+    locked.write(str(os.getpid()))
+    locked.flush()
+    return locked
 
 
 class Stopped(BaseException):
@@ -384,7 +365,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Handles SIGTERM and Ctrl-C: at once, or after the step when there is one (`later`). The second one is not made to wait."""
+    """Handles SIGTERM and Ctrl-C: at once, or after the step when there is one (`later`). A second one does not wait."""
 
     signal, later = None, False
 
@@ -394,40 +375,71 @@ class Stop:
             raise Stopped(number)
 
 
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
+@contextmanager
+def untrusted(file, remedy):
+    """Inside, a file is read and checked. Whatever it provokes (a hostile one may provoke anything) is an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, OSError) and error.errno in DISK_FULL:  # no reason to delete anything
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} is damaged or not of this run ({why:.150}); {remedy}") from None
+
+
+def must(true, otherwise="not the contents expected"):
+    """An assertion that `python -O` does not drop."""
+    if not true:
+        raise ValueError(otherwise)
+
+
+def alike(found, expected):
+    """Whether what a file holds has the form of `expected`: types, names, lengths, shapes."""
+    if isinstance(expected, torch.Tensor):
+        there = isinstance(found, torch.Tensor) and (found.shape, found.dtype, found.layout, found.device.type)
+        return there == (expected.shape, expected.dtype, torch.strided, "cpu")
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(alike(found[name], v) for name, v in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(alike, found, expected))
+    return True
+
+
+def form(part):
+    """What the state of an optimiser looks like after its first step; before that it holds nothing, and afterwards nothing
+    for a weight that never had a gradient."""
+    held = ("step", "exp_avg", "exp_avg_sq") if isinstance(part, torch.optim.Adam) else ("momentum_buffer",)
+    weights = part.param_groups[0]["params"]
+    return {i: {name: torch.zeros(()) if name == "step" else w.detach() for name in held} for i, w in enumerate(weights)}
+
+
 class Keeper:
-    """Where the search or the training of a fold stands, in memory and in one file, from which a new process goes on with
-    the very next step: networks and optimisers (`parts`), random generators, epoch, step, sums of the epoch so far, the
-    best epoch so far, the rows of the log, the seconds spent. Without a file nothing is saved."""
+    """Where the search or the training of a fold stands, in memory and in `file`: networks and optimisers (`parts`), random
+    generators, epoch, step, sums of the epoch so far, the best epoch so far, the rows of the log, the seconds spent.
+    `run` names run and fold, so that the file of another one is refused. Without a file nothing is saved.
+
+    When a stage goes on within an epoch, the random state is first that of the epoch's `begin`, so that the orders of its
+    batches are drawn again, and then that of `now`.
+    """
 
     KEPT = ("run", "stage", "genotype", "epoch", "step", "begin", "sums", "best", "best_weights", "rows", "seconds")
 
-    def __init__(self, options, device, file=None, stop=None):
-        self.run, self.device, self.file, self.stop = f"{key_of(options)}, {file and file.parent.name}", device, file, stop or Stop()
-        self.sums, self.best, self.best_weights = {"loss": 0.0, "alpha_loss": 0.0}, {"ua": -1.0, "epoch": 0}, None
+    def __init__(self, device, run="", file=None, stop=None):
+        self.device, self.run, self.file, self.stop = device, run, file, stop or Stop()
         self.stage, self.genotype, self.epoch, self.step, self.begin = "search", "", 0, 0, self.random()
+        self.sums, self.best, self.best_weights = {"loss": 0.0, "alpha_loss": 0.0}, {"ua": -1.0, "epoch": 0}, None
         self.rows, self.seconds, self.parts, self.found = [], {"search": 0.0, "train": 0.0}, {}, None
-        self.saved, self.wait = time.monotonic(), SAVE_EVERY
+        self.saved, self.wait = time.perf_counter(), SAVE_EVERY
         if file and file.exists():
             with self.untrusted():
-                with open(file, "rb") as raw, zipfile.ZipFile(raw) as archive:
-                    inside = archive.infolist()
-                    raw.seek(0)  # torch.load takes whatever does not begin like this for an older format, which trusts the lengths in it
-                    must(raw.read(4) == b"PK\3\4" and all(i.compress_type == zipfile.ZIP_STORED for i in inside), "no checkpoint")
-                    must(sum(i.file_size for i in inside) <= file.stat().st_size and archive.testzip() is None, "contents do not fit")
-                found, free = torch.load(file, map_location="cpu", weights_only=True), ("genotype", "best_weights", "rows", "parts")
-                mine = self.state()
-                must(type(found) is dict and found.keys() == mine.keys(), "not the contents of a checkpoint")
-                must(found["run"] == self.run, "of another run or fold")
-                must(all(alike(found[name], mine[name]) for name in mine.keys() - free), "not the contents of a checkpoint")
-                must(found["stage"] in self.seconds and found["epoch"] >= 0 and found["step"] >= 0, "no such stage, epoch or step")
-                for row in found["rows"]:
-                    must(row.keys() <= set(COLUMNS) and row["stage"] in self.seconds and type(row["seconds"]) is float, "not rows of a log")
-                if found["stage"] == "train":
-                    genotype = Genotype.from_json(found["genotype"])
-                    must(all(len(cell) == options.nodes for cell in vars(genotype).values() if cell), "a genotype of another size")
-                    with torch.device("meta"):
-                        network(options, 2, genotype)
-                self.found, self.stage, self.genotype, self.rows = (found, *(found[name] for name in ("stage", "genotype", "rows")))
+                self.found = self.read()
+                self.stage, self.genotype, self.rows = (self.found[name] for name in ("stage", "genotype", "rows"))
 
     def untrusted(self):
         return untrusted(self.file, "delete it, and its fold starts anew")
@@ -436,40 +448,52 @@ class Keeper:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {name: getattr(self, name) for name in self.KEPT} | {"now": self.random(), "parts": parts}
 
+    def read(self):
+        """What needs no network is checked here, the rest in `restore`."""
+        with open(self.file, "rb") as raw, zipfile.ZipFile(raw) as archive:
+            inside = archive.infolist()
+            raw.seek(0)  # torch.load takes what begins otherwise for an older format, which trusts the lengths that it is told
+            must(raw.read(4) == b"PK\3\4" and all(entry.compress_type == zipfile.ZIP_STORED for entry in inside), "no checkpoint")
+            must(sum(entry.file_size for entry in inside) <= self.file.stat().st_size and archive.testzip() is None, "changed or cut off")
+        found, mine = torch.load(self.file, map_location="cpu", weights_only=True), self.state()
+        must(type(found) is dict and found.keys() == mine.keys())
+        must(found["run"] == self.run, "of another run or fold")
+        must(all(alike(found[name], mine[name]) for name in ("stage", "genotype", "epoch", "step", "sums", "best", "seconds")))
+        must(found["stage"] in self.seconds and found["epoch"] >= 0 and found["step"] >= 0)
+        must(all(row["stage"] in self.seconds and type(row["seconds"]) is float for row in found["rows"]))
+        return found
+
+    def restore(self, total):
+        for name, part in self.parts.items():
+            theirs, mine = self.found["parts"][name], part.state_dict()
+            if isinstance(part, torch.optim.Optimizer):
+                expected = form(part)
+                mine["state"] = {i: expected[i] for i in theirs["state"]}
+            must(alike({**theirs}, {**mine}), f"its {name} is that of another network")
+            part.load_state_dict(theirs)
+        best, weights = self.found["best"], self.found["best_weights"]
+        must(weights is None if best["epoch"] == 0 else alike(weights, {**self.parts["net"].state_dict()}), "its best weights are those of another network")
+        must(self.found["epoch"] <= total)
+        for name in self.KEPT:
+            setattr(self, name, self.found[name])
+        self.now, self.found = self.found["now"], None
+        self.set_random(self.now)  # refused here where it cannot be
+        self.set_random(self.begin)
+
     def random(self):
         return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
 
     def set_random(self, states):
         torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and len(states) > 1:  # there is one if the run was on a GPU before
             torch.cuda.set_rng_state(states[1], self.device)
-
-    def restore(self):
-        """Everything but the random state within the epoch: the orders of its batches are first to be drawn again."""
-        for name, part in self.parts.items():
-            theirs, mine = self.found["parts"][name], part.state_dict()
-            if isinstance(part, torch.optim.Optimizer):  # which holds nothing before its first step
-                w = part.param_groups[0]["params"]
-                held = ("step", "exp_avg", "exp_avg_sq") if isinstance(part, torch.optim.Adam) else ("momentum_buffer",)
-                mine["state"] = {i: {n: torch.zeros(()) if n == "step" else w[i].detach().cpu() for n in held} for i in theirs["state"]}
-            mine = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in mine.items()}
-            must(alike({**theirs}, mine), f"its {name} is that of another network")
-            part.load_state_dict(theirs)
-        best, weights = self.found["best"], self.found["best_weights"]
-        net = {n: t.cpu() for n, t in self.parts["net"].state_dict().items()}
-        must(weights is None if best["epoch"] == 0 else alike(weights, net), "its best weights are those of another network")
-        for name in self.KEPT:
-            setattr(self, name, self.found[name])
-        self.now, self.found = self.found["now"], None
-        self.set_random(self.now)  # refused here if it cannot be
-        self.set_random(self.begin)
 
     def epochs(self, total, **parts):
         """The epochs that are left of this stage, whose `parts` are new or, from the file, as they were."""
         self.parts, self.mark = parts, time.perf_counter()
         if self.found:
             with self.untrusted():
-                self.restore()
+                self.restore(total)
         else:
             self.begin = self.random()
         self.stop.later = True
@@ -480,7 +504,7 @@ class Keeper:
         self.stop.later = False
 
     def steps(self, batches):
-        """The batches that are left of this epoch. Where it is not at its start, they were made with step batches skipped."""
+        """The batches that are left of this epoch, i.e. made with the first `step` skipped."""
         if self.step:
             self.set_random(self.now)
         for batch in batches:
@@ -489,19 +513,20 @@ class Keeper:
             self.pause()
 
     def pause(self, last=False):
-        if self.file and (last or self.stop.signal or time.monotonic() - self.saved >= self.wait):
+        """Between two steps: saves if it is time."""
+        if self.file and (last or self.stop.signal or time.perf_counter() - self.saved >= self.wait):
             self.save(self.file)
         if self.stop.signal:
             raise Stopped(self.stop.signal)
 
     def save(self, file):
-        started, now = time.monotonic(), time.perf_counter()
+        now = time.perf_counter()
         self.seconds[self.stage], self.mark = self.seconds[self.stage] + now - self.mark, now
         write(file, lambda out: torch.save(self.state(), out))
-        self.saved = time.monotonic()
-        self.wait = SAVE_EVERY * max(1, self.saved - started)
+        self.saved = time.perf_counter()
+        self.wait = SAVE_EVERY * max(1, self.saved - now)
 
-    def next(self, genotype):
+    def found_genotype(self, genotype):
         """The search is over."""
         self.stage, self.genotype, self.epoch = "train", genotype.to_json(), 0
 
@@ -512,7 +537,7 @@ class Keeper:
 
 def search(net, data, train, options, log, keep=None):
     """Moves alphas and weights in turn. The network is a supernet; `train` are the training speakers' utterances."""
-    keep = keep or Keeper(options, data.device)
+    keep = keep or Keeper(data.device)
     w_half, alpha_half = halves(train, data.labels)
     steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
 
@@ -537,7 +562,7 @@ def search(net, data, train, options, log, keep=None):
 
 def train(net, data, train, validation, options, log, keep=None):
     """Trains a derived network from scratch. -> epoch that counts."""
-    keep = keep or Keeper(options, data.device)
+    keep = keep or Keeper(data.device)
     steps, class_weights = data.steps(train, options.batch), data.class_weights(train)
     optimizer, schedule = sgd(net, options, options.epochs, 0.0)
     for epoch in keep.epochs(options.epochs, net=net, optimizer=optimizer, schedule=schedule):
@@ -603,9 +628,11 @@ def fit(k, fold, data, options, folder, progress, keep):
     with open(folder / "log.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
-        rows.writerows(keep.rows)
-        for row in keep.rows:
-            progress.count(row)
+        with keep.untrusted():
+            rows.writerows(keep.rows)
+        progress.count(keep.rows)
+        if keep.found and keep.found["epoch"] < progress.length[keep.stage]:
+            progress.say(f"fold {k}: goes on with {keep.stage}, epoch {keep.found['epoch'] + 1}, step {keep.found['step'] + 1}")
 
         def log(**row):
             keep.rows.append({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
@@ -618,9 +645,12 @@ def fit(k, fold, data, options, folder, progress, keep):
                 seed(options, k, 0)
                 supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
                 search(supernet, data, fold.train, options, log, keep)
-                keep.next(derive(supernet))
+                keep.found_genotype(derive(supernet))
                 progress.say(f"fold {k}: found in {keep.seconds['search']:.0f} s\n{derive(supernet)}")
-            genotype = Genotype.from_json(keep.genotype)
+            with keep.untrusted(), torch.device("meta"):  # a small one and a network of it, before a large one takes the memory
+                genotype = Genotype.from_json(keep.genotype)
+                must(all(len(cell) == options.nodes for cell in vars(genotype).values() if cell), "a genotype of another size")
+                network(options, 2, genotype)
             write(folder / "genotype.json", keep.genotype.encode())
 
             seed(options, k, 1)
@@ -628,7 +658,7 @@ def fit(k, fold, data, options, folder, progress, keep):
             epoch = train(net, data, fold.train, fold.validation, options, log, keep)
         except NotFinite as error:
             keep.save(folder / "not-finite.pt")
-            names = ", ".join(data.listing.name(data.listing.utterances[i]) for members in data.drawn for i in members)
+            names = ", ".join(data.listing.name(data.listing.utterances[i]) for members in data.drawn[-2 if keep.stage == "search" else -1 :] for i in members)
             raise NotFinite(
                 f"fold {k}, {keep.stage}, epoch {keep.epoch + 1}, step {keep.step + 1}, learning rate "
                 f"{keep.parts['optimizer'].param_groups[0]['lr']:g}: {error}. {folder / 'not-finite.pt'} holds the state, for a look at it; "
@@ -697,12 +727,13 @@ class Progress:
         self.seconds = {"search": [], "train": []}
         self.folds = chosen
 
-    def count(self, row):
-        self.left[row["stage"]] -= 1
-        self.seconds[row["stage"]].append(row["seconds"])
+    def count(self, rows):
+        for row in rows:
+            self.left[row["stage"]] -= 1
+            self.seconds[row["stage"]].append(row["seconds"])
 
     def epoch(self, k, row):
-        self.count(row)
+        self.count([row])
         stage = row["stage"]
         text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  loss {row['loss']:.3f}"
         if stage == "search":
@@ -715,7 +746,7 @@ class Progress:
         """Epochs left times what an epoch took; before the first training epoch half a search epoch is assumed."""
         mean = {stage: sum(s) / len(s) if s else None for stage, s in self.seconds.items()}
         mean["train"] = mean["train"] or 0.5 * mean["search"]
-        return duration(sum(self.left[stage] * mean[stage] for stage in self.left))
+        return duration(sum(max(0, self.left[stage]) * mean[stage] for stage in self.left))
 
     def say(self, text, passing=False):
         if self.terminal:
@@ -807,17 +838,7 @@ def run_folder(options, settings):
     folder, an open file: as long as it is open, no other process gets the folder; the lock of a dead process is free)."""
     mine, folder = settings_of(options), out_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
-    locked = open(folder / "lock", "a+", errors="replace")
-    if fcntl:  # Windows has no such lock; there, two processes are not kept apart
-        try:
-            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            locked.seek(0)
-            pid = re.sub(r"\D", "", locked.read(20))
-            raise InputError(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
-    locked.truncate(0)
-    locked.write(str(os.getpid()))
-    locked.flush()
+    locked = lock(folder)
     if (folder / "settings.json").exists():
         with untrusted(folder / "settings.json", "give another --out, or delete the folder"):
             theirs = json.loads((folder / "settings.json").read_text())["options"]
@@ -902,6 +923,7 @@ def run(argv, stop, held):
     classes = listing.classes
     runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
     if len(runs) == len(chosen):
+        print(f"{folder} is finished; to run it again, remove it or give another --out")
         return report(options, folder, runs, cross, notes)
     progress = Progress(options, chosen)
     for stage in progress.left:
@@ -949,7 +971,7 @@ def run(argv, stop, held):
         first = same[k]
         if first != trained:
             (folder / f"fold{first}").mkdir(exist_ok=True)
-            keep = Keeper(options, device, folder / f"fold{first}" / "checkpoint.pt", stop)
+            keep = Keeper(device, f"{key_of(options)}, fold {first}", folder / f"fold{first}" / "checkpoint.pt", stop)
             net, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
             about["trained_as"], trained = first, first
         place = folder / f"fold{k}"
@@ -988,7 +1010,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DISK_FULL
         print(f"error: {error}" + "; what was saved is whole: make room, and the same command goes on" * full, file=sys.stderr)
         return 1 if full else 2
     except (MemoryError, RuntimeError) as error:

@@ -735,12 +735,12 @@ class Progress:
     def epoch(self, k, row):
         self.count([row])
         stage = row["stage"]
-        text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  loss {row['loss']:.3f}"
+        text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  {self.time_left():>6} left"
         if stage == "search":
-            text += f"  on the alphas' half {row['alpha_loss']:.3f}  entropy {row['entropy']:.3f}"
+            text += f"  loss {row['loss']:.3f}, alphas' {row['alpha_loss']:.3f}  entropy {row['entropy']:.3f}"
         else:
-            text += f"  validation UA {100 * row['val_ua']:5.1f}"
-        self.say(f"{text}  {row['seconds']:.1f} s, {self.time_left()} left", passing=True)
+            text += f"  loss {row['loss']:.3f}  validation UA {100 * row['val_ua']:5.1f}"
+        self.say(text, passing=True)
 
     def time_left(self):
         """Epochs left times what an epoch took; before the first training epoch half a search epoch is assumed."""
@@ -750,6 +750,7 @@ class Progress:
 
     def say(self, text, passing=False):
         if self.terminal:
+            text = text[: shutil.get_terminal_size().columns - 1] if passing else text  # a line that wraps cannot be overwritten
             print("\r\033[K" + text, end="" if passing else "\n", flush=True)
         else:
             print(text, flush=True)
@@ -944,9 +945,11 @@ def run(argv, stop, held):
 
     data, other = data_of(listing), other and data_of(other)
     parts = features.folds(listing, data.store.bad)
-    print(f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
-          f"{len({u.speaker for u in listing.utterances})} speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; "
-          f"results go to {folder}")  # fmt: skip
+    progress.say(
+        f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
+        f"{len({u.speaker for u in listing.utterances})} speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; "
+        f"results go to {folder}"
+    )
     notes = []
     if options.dataset == "smoke":
         notes.append("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")

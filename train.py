@@ -933,8 +933,8 @@ def run(argv, stop, held):
         checkpoint = 8 * sum(p.numel() for p in network(options, len(classes)).weights())  # with a momentum for each weight
     maps = 2 * len(listing.utterances) * math.prod(feature_settings(options).shape)
     if checkpoint + maps > 1e9:
-        print(f"writes {maps / 1e9:.1f} GB of features or more to {options.cache}, unless they are there, and to {folder} checkpoints of "
-              f"{checkpoint / 1e9:.1f} GB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e9:.0f} GB are free")  # fmt: skip
+        print(f"writes at least {maps / 1e6:,.0f} MB of features to {options.cache}, unless they are there, and to {folder} checkpoints of "
+              f"{checkpoint / 1e6:,.0f} MB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free")  # fmt: skip
 
     def data_of(listing):
         store = features.load(

@@ -244,8 +244,9 @@ class Cell(nn.Module):
     def edge(self, i, j, x, weight, p_drop_path):
         edge = self.edges[f"{j}_{i}"]
         if self.recompute and torch.is_grad_enabled():  # keep the edge's input only, and compute it again on the way back
-            twice = lambda: (nullcontext(), without_statistics(edge))  # noqa: E731; BN counts a batch once
-            y = checkpoint(edge, x, weight, use_reentrant=False, context_fn=twice)
+            y = checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
+                edge, x, weight, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(edge))
+            )
         else:
             y = edge(x, weight)
         if self.training and p_drop_path > 0 and "skip_connect" not in edge.ops:  # a skip keeps the path alive

@@ -800,9 +800,10 @@ def estimate(options, data, parts, chosen):
     """Seconds that the chosen folds will take, from one step of each kind on this device."""
     with torch.random.fork_rng():
         steps = {"search": 0, "train": 0}
-        for k in chosen:
-            steps["search"] += options.search_epochs * data.steps(parts[k].train[0::2], options.batch)
-            steps["train"] += options.epochs * data.steps(parts[k].train, options.batch)
+        # MSP-Podcast's folds have one training in common.
+        for train in {tuple(parts[k].train) for k in chosen}:
+            steps["search"] += options.search_epochs * data.steps(list(train[0::2]), options.batch)
+            steps["train"] += options.epochs * data.steps(list(train), options.batch)
         data.standardise_by(parts[chosen[0]].train)
         batch = next(data.batches(parts[chosen[0]].train, data.steps(parts[chosen[0]].train, options.batch)))
         supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
@@ -960,7 +961,7 @@ def run(argv, stop, held):
     print(*notes, sep="\n", end="\n" * bool(notes))
     if options.scale == "paper" and device.type == "cpu":
         print("paper scale without a GPU: measuring one step ...", flush=True)
-        total, seconds = estimate(options, data, parts, chosen)
+        total, seconds = estimate(options, data, parts, chosen[len(runs) :])
         print(f"this will take about {duration(total)} ({seconds['search']:.1f} s a search step, {seconds['train']:.1f} s a training step)")
 
     results = {

@@ -502,12 +502,15 @@ FRAME = HOP * POOL / RATE  # seconds between two columns of the map
 class Settings:
     """Everything that the values of the features depend on, beside the recordings."""
 
-    coefficients: int = 128  # MFCCs, of 128 mel bands
+    coefficients: int = 128  # MFCCs, of 128 mel bands; of log-mel the bands themselves
     window: float = 8.0  # seconds
     padding: str = "repeat"  # of utterances shorter than a window: "repeat" the utterance, or "zero"
+    kind: str = "mfcc"  # or "log-mel": the logarithmic mel spectrum, of which MFCCs are the cosine transform
 
     def __post_init__(self):
-        if not 1 <= self.coefficients <= 128:
+        if self.kind not in ("mfcc", "log-mel"):
+            raise InputError(f"unknown kind of features {self.kind!r}; known: mfcc, log-mel")
+        if not 1 <= self.coefficients <= 128:  # with more, the lowest mel bands lie between two points of the spectrum
             raise InputError(f"found {self.coefficients} coefficients; expected 1 to 128, the number of mel bands")
         if not self.window >= FRAME or self.window / FRAME % 1:
             raise InputError(f"found a window of {self.window} s; expected a multiple of {FRAME} s")
@@ -567,20 +570,22 @@ def windows(samples, settings):
 
 
 @functools.cache
-def mfcc(settings):
+def transform(settings):
     """-> a function (window,) -> (F, T) = settings.shape, both torch.Tensor.
 
-    The values are those of torchaudio.transforms.MFCC in 0.6 of its time (no square root that is squared again). Windows
-    go through one by one: torchaudio clamps a batch at 80 dB below the loudest of its windows.
+    The values are those of torchaudio.transforms.MFCC (of MelSpectrogram and AmplitudeToDB for log-mel) in 0.6 of its
+    time (no square root that is squared again). Windows go through one by one: torchaudio clamps a batch at 80 dB below
+    the loudest of its windows.
     """
-    mel = dict(n_fft=FFT, hop_length=HOP, n_mels=128)
-    transform = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
-    hann, mel_bands = transform.MelSpectrogram.spectrogram.window, transform.MelSpectrogram.mel_scale.fb
+    mel = dict(n_fft=FFT, hop_length=HOP, n_mels=128 if settings.kind == "mfcc" else settings.coefficients)
+    mfcc = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
+    hann, mel_bands = mfcc.MelSpectrogram.spectrogram.window, mfcc.MelSpectrogram.mel_scale.fb
 
     def compute(window):
         spectrum = torch.stft(window, FFT, HOP, window=hann, return_complex=True).T  # (POOL * T + 1, FFT / 2 + 1)
         power = spectrum.real.square() + spectrum.imag.square()
-        frames = transform.amplitude_to_DB(power @ mel_bands) @ transform.dct_mat  # (POOL * T + 1, F)
+        frames = mfcc.amplitude_to_DB(power @ mel_bands)  # (POOL * T + 1, bands)
+        frames = frames @ mfcc.dct_mat if settings.kind == "mfcc" else frames  # (POOL * T + 1, F)
         return frames[:-1].unflatten(0, (-1, POOL)).amax(dim=1).T  # (F, T); the frame left out is centred on the end
 
     return compute
@@ -616,7 +621,7 @@ def compute_chunk(paths, settings):
             about.append([0, 0.0, str(error)])
             continue
         cut = windows(samples, settings)
-        maps += [mfcc(settings)(torch.from_numpy(window)).numpy().astype(STORED).tobytes() for window in cut]
+        maps += [transform(settings)(torch.from_numpy(window)).numpy().astype(STORED).tobytes() for window in cut]
         about.append([len(cut), len(samples) / RATE, None])
     return b"".join(maps), about
 

@@ -793,15 +793,21 @@ def test_channels_and_rates(tmp_path, channels, rate):
 
 
 @pytest.mark.parametrize("seconds", [0.5, 8.0, 19.3])
-def test_features_are_torchaudios(seconds):
+@pytest.mark.parametrize("kind", ["mfcc", "log-mel"])
+def test_features_are_torchaudios(seconds, kind):
     rng = np.random.default_rng(0)
     samples = (rng.standard_normal(int(16000 * seconds)) * 0.1).astype(np.float32)
     samples[: len(samples) // 2] *= 1e-6  # the clamp at 80 dB counts
-    transform = torchaudio.transforms.MFCC(16000, 128, log_mels=False, melkwargs=dict(n_fft=1024, hop_length=250, n_mels=128))
+    mel, bands = dict(n_fft=1024, hop_length=250), 128 if kind == "mfcc" else 64
+    if kind == "mfcc":
+        transform = torchaudio.transforms.MFCC(16000, bands, log_mels=False, melkwargs=mel | {"n_mels": 128})
+    else:
+        mels = torchaudio.transforms.MelSpectrogram(16000, n_mels=bands, **mel)
+        transform = torch.nn.Sequential(mels, torchaudio.transforms.AmplitudeToDB(top_db=80))
     for window in features.windows(samples, Settings()):
-        oracle = transform(torch.from_numpy(window))[:, :512].reshape(128, 128, 4).amax(dim=2)
-        ours = features.mfcc(Settings())(torch.from_numpy(window))
-        assert ours.shape == (128, 128) and (ours - oracle).abs().max() < 1e-3
+        oracle = transform(torch.from_numpy(window))[:, :512].reshape(bands, 128, 4).amax(dim=2)
+        ours = features.transform(Settings(bands, kind=kind))(torch.from_numpy(window))
+        assert ours.shape == (bands, 128) and (ours - oracle).abs().max() < 1e-3
 
 
 def emodb(root, **sounds):
@@ -982,8 +988,8 @@ def test_mfcc_against_its_definition():
     settings = Settings(window=2.0)
     expected = cepstra.reshape(128, 32, 4).max(axis=2)
     assert settings.shape == expected.shape and Settings().shape == (128, 128)
-    np.testing.assert_allclose(features.mfcc(settings)(torch.tensor(samples, dtype=torch.float32)).numpy(), expected, atol=0.02)
-    fewer = features.mfcc(Settings(coefficients=20, window=2.0))(torch.tensor(samples, dtype=torch.float32))
+    np.testing.assert_allclose(features.transform(settings)(torch.tensor(samples, dtype=torch.float32)).numpy(), expected, atol=0.02)
+    fewer = features.transform(Settings(coefficients=20, window=2.0))(torch.tensor(samples, dtype=torch.float32))
     np.testing.assert_allclose(fewer.numpy(), expected[:20], atol=0.02)
 
 
@@ -1154,7 +1160,7 @@ def test_the_model_file_is_whole(finished):
     settings = Settings(**model["features"])
     for row in list(csv.DictReader(open(cwd / "one" / "fold1" / "predictions.csv")))[:5]:
         cut = features.windows(features.read_wav(cwd / "data" / "smoke" / row["utterance"]), settings)
-        maps = torch.stack([features.mfcc(settings)(torch.from_numpy(window)) for window in cut])  # (W, F, T)
+        maps = torch.stack([features.transform(settings)(torch.from_numpy(window)) for window in cut])  # (W, F, T)
         with torch.no_grad():
             p = net(((maps - model["statistics"]["mean"]) / model["statistics"]["std"])[:, None]).mean(0).softmax(0)
         np.testing.assert_allclose(p, [float(row[c]) for c in model["classes"]], atol=1e-4)

@@ -66,6 +66,7 @@ class Options:
     cache: str = option("cache", "folder of the computed features", "data")
     workers: int = option(None, "processes that compute features (default: one a core)", "data", int)
     folds: str = option(None, "folds to run, such as 0,3 (default: all; of smoke 0,1)", "data", str)
+    features: str = option("mfcc", "MFCCs, or the logarithmic mel spectrum", "data", choices=("mfcc", "log-mel"))
     window: float = option(8.0, "seconds of a window; longer utterances become several", "data")
     padding: str = option("repeat", "of utterances shorter than a window", "data", choices=("repeat", "zero"))
     normalise: str = option(
@@ -74,7 +75,7 @@ class Options:
     )  # fmt: skip
 
     scale: str = option(None, "sizes of everything below that has no default (default: small; of the paper's corpora paper)", "sizes", str, SCALES)
-    coefficients: int = option(None, "MFCCs, of 128 mel bands", "sizes", int)
+    coefficients: int = option(None, "MFCCs, of 128 mel bands; or mel bands", "sizes", int)
     channels: int = option(None, "channels of the first CNN cell", "sizes", int)
     cnn_cells: int = option(None, "CNN cells", "sizes", int)
     seq_cells: int = option(None, "SeqNN cells; 0 searches a CNN only", "sizes", int)
@@ -706,7 +707,7 @@ def score(net, data, members, file):
 
 
 def feature_settings(options):
-    return features.Settings(options.coefficients, options.window, options.padding)
+    return features.Settings(options.coefficients, options.window, options.padding, options.features)
 
 
 def speakers(listing, members):

@@ -24,8 +24,7 @@ Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequ
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import repeat
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -49,23 +48,29 @@ class Zero(nn.Module):
         return torch.zeros_like(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
 
 
-class FactorizedReduce(nn.Module):
-    """`skip_connect` with stride 2: (N, C_in, F, T) -> (N, C_out, ceil(F / 2), ceil(T / 2)).
-
-    Half of the output channels look at the even grid, half at the odd one. Slicing and then convolving with stride 1
-    is the same as a 1x1 convolution with stride 2, which corrupts memory on CPU with channels_last (torch 2.11).
-    """
-
-    def __init__(self, c_in, c_out, affine=True):
-        super().__init__()
-        self.relu = nn.ReLU()
-        self.even = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
-        self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+class EvenGrid(nn.Module):
+    """(N, C, F, T) -> (N, C, ceil(F / 2), ceil(T / 2)): every other row and column."""
 
     def forward(self, x):
-        x = F.pad(self.relu(x), (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # odd sizes: both grids get ceil(size / 2)
-        return self.bn(torch.cat([self.even(x[:, :, ::2, ::2]), self.odd(x[:, :, 1::2, 1::2])], dim=1))
+        return x[:, :, ::2, ::2]
+
+
+class BothGrids(nn.Module):
+    """(N, C, F, T) -> (N, 2C, ceil(F / 2), ceil(T / 2)): the even grid, and behind it the one between its points."""
+
+    def forward(self, x):
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # odd sizes: both grids get ceil(size / 2)
+        return torch.cat([x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]], dim=1)
+
+
+def factorized_reduce(c_in, c_out, affine):
+    """`skip_connect` with stride 2: (N, C_in, F, T) -> (N, C_out, ceil(F / 2), ceil(T / 2)), C_out even.
+
+    Half of the output channels look at the even grid, half at the odd one. The grids come first: a 1x1 convolution with
+    stride 2 is the same, and corrupts memory on CPU with channels_last (torch 2.11).
+    """
+    convolution = nn.Conv2d(2 * c_in, c_out, 1, groups=2, bias=False)
+    return nn.Sequential(nn.ReLU(), BothGrids(), convolution, nn.BatchNorm2d(c_out, affine=affine))
 
 
 def conv_1x1(c_in, c_out, affine):
@@ -75,8 +80,12 @@ def conv_1x1(c_in, c_out, affine):
 
 def dil_conv(c, stride, affine, *, kernel, dilation=2):
     """ReLU, depthwise kernel x kernel, pointwise 1x1, BN."""
+    grid = []
+    if stride == dilation == 2:  # then only the even grid is ever looked at: the same numbers, several times faster on CPU
+        grid, stride, dilation = [EvenGrid()], 1, 1
     return nn.Sequential(
         nn.ReLU(),
+        *grid,
         nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False),
         nn.Conv2d(c, c, 1, bias=False),
         nn.BatchNorm2d(c, affine=affine),
@@ -85,8 +94,8 @@ def dil_conv(c, stride, affine, *, kernel, dilation=2):
 
 def sep_conv(c, stride, affine, *, kernel):
     """(ReLU, depthwise kernel x kernel, pointwise 1x1, BN) twice, without dilation."""
-    once = partial(dil_conv, kernel=kernel, dilation=1)
-    return nn.Sequential(*once(c, stride, affine), *once(c, 1, affine))
+    half = partial(dil_conv, kernel=kernel, dilation=1)
+    return nn.Sequential(*half(c, stride, affine), *half(c, 1, affine))
 
 
 def pool(c, stride, affine, *, layer):
@@ -94,7 +103,7 @@ def pool(c, stride, affine, *, layer):
 
 
 def skip(c, stride, affine):
-    return nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine)
+    return nn.Identity() if stride == 1 else factorized_reduce(c, c, affine)
 
 
 # name -> constructor(channels, stride, affine)
@@ -173,19 +182,35 @@ class MixedOp(nn.Module):
         o_bar(x) = sum_o softmax(alpha)_o * o(x)
 
     `ops`: name -> module; all return the same shape. `weight`: softmax(alpha), shape (len(ops),). Without `weight` the
-    edge is decided and holds one operation.
+    edge is decided and holds one operation. `known`: see `through`.
     """
 
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
 
-    def forward(self, x, weight=None):
+    def forward(self, x, weight=None, known=None):
         if weight is None:
             (op,) = self.ops.values()
-            return op(x)
-        # `none` adds nothing to the sum; its alpha still counts, as it takes its share of the softmax.
-        return sum(w * op(x) for w, (name, op) in zip(weight, self.ops.items()) if name != "none")
+            return through(op, x, known)
+        y = None  # `none` adds nothing to the sum; its alpha still counts, as it takes its share of the softmax
+        for w, (name, op) in zip(weight, self.ops.items()):
+            if name != "none":
+                out = through(op, x, known)
+                y = w * out if y is None else y.addcmul_(w, out)  # y + w * out without a copy of y
+        return y
+
+
+def through(op, x, known=None):
+    """op(x). `known` remembers what each module of a sequence has returned for this x, so that the modules that several
+    operations have in common (`Cell.share`) compute once."""
+    if known is None:
+        return op(x)
+    for module in op if isinstance(op, nn.Sequential) else (op,):
+        if module not in known:
+            known[module] = module(x)
+        x = known[module]
+    return x
 
 
 @contextmanager
@@ -224,34 +249,49 @@ class Cell(nn.Module):
         super().__init__()
         self.kind = kind
         self.before = nn.ModuleList(make_input() for make_input in before)
-        self.predecessors = [[j for j, _ in node] for node in wiring]
-        self.edges = nn.ModuleDict(
-            {
-                f"{j}_{i}": MixedOp({name: make(name, j) for name in names})
-                for i, node in enumerate(wiring, start=2)
-                for j, names in node
-            }
-        )
+        self.edges = nn.ModuleDict()
+        self.leaving = [[] for _ in range(len(wiring) + 2)]  # of each state j, its edges: (node i, row of the alphas)
+        for i, node in enumerate(wiring, start=2):
+            for j, names in node:
+                self.leaving[j].append((i, len(self.edges)))
+                self.edges[f"{j}_{i}"] = MixedOp({name: make(name, j) for name in names})
+        for j in range(len(self.leaving)):
+            self.share(j)
+
+    def share(self, j):
+        """Of the edges that leave state j, operations that begin alike get one module for it as long as it has no
+        parameters: the ReLU, the grid, pooling with the BN that follows while it has no scale."""
+        begun = {}
+        for i, _ in self.leaving[j]:
+            for op in self.edges[f"{j}_{i}"].ops.values():
+                for k, module in enumerate(op if isinstance(op, nn.Sequential) else ()):
+                    if any(True for _ in module.parameters()):
+                        break
+                    op[k] = begun.setdefault(repr(op[: k + 1]), module)
 
     def forward(self, s0, s1, weight=None, p_drop_path=0.0):
         """`weight`: softmax(alpha), (edges, operations), edges ordered by node, then predecessor; None when derived."""
         states = [before(s) for before, s in zip(self.before, (s0, s1))]
-        rows = repeat(None) if weight is None else iter(weight)
-        for i, predecessors in enumerate(self.predecessors, start=2):
-            states.append(sum(self.edge(i, j, states[j], next(rows), p_drop_path) for j in predecessors))
+        arrived = [[] for _ in self.leaving]
+        for j, edges in enumerate(self.leaving):
+            if j >= 2:
+                states.append(reduce(torch.add, arrived[j]))
+            if self.recompute and torch.is_grad_enabled():  # keep the state only, and compute its edges again on the way back
+                outputs = checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
+                    self.leave, j, states[j], weight, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(self))
+                )
+            else:
+                outputs = self.leave(j, states[j], weight)
+            for (i, _), y in zip(edges, outputs):
+                if self.training and p_drop_path > 0 and "skip_connect" not in self.edges[f"{j}_{i}"].ops:  # a skip keeps the path alive
+                    y = drop_path(y, p_drop_path)
+                arrived[i].append(y)
         return torch.cat(states[2:], dim=self.concat)
 
-    def edge(self, i, j, x, weight, p_drop_path):
-        edge = self.edges[f"{j}_{i}"]
-        if self.recompute and torch.is_grad_enabled():  # keep the edge's input only, and compute it again on the way back
-            y = checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
-                edge, x, weight, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(edge))
-            )
-        else:
-            y = edge(x, weight)
-        if self.training and p_drop_path > 0 and "skip_connect" not in edge.ops:  # a skip keeps the path alive
-            y = drop_path(y, p_drop_path)
-        return y
+    def leave(self, j, x, weight):
+        """State j -> the outputs of the edges that leave it. What they have in common is computed once."""
+        known = {}
+        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known) for i, row in self.leaving[j]]
 
 
 class CNNCell(Cell):
@@ -266,7 +306,7 @@ class CNNCell(Cell):
             kind,
             wiring,
             lambda name, j: CNN_OPS[name](c, 2 if kind == "reduce" and j < 2 else 1, affine),
-            before=(partial(FactorizedReduce if halve_s0 else conv_1x1, c0, c, affine), partial(conv_1x1, c1, c, affine)),
+            before=(partial(factorized_reduce if halve_s0 else conv_1x1, c0, c, affine), partial(conv_1x1, c1, c, affine)),
         )
 
 
@@ -372,7 +412,8 @@ class Network(nn.Module):
     stem_stride  2 halves the input map before the first cell
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     dropout      after each cell
-    recompute    edges keep their inputs only and are computed again on the way back: less memory, more time, same gradients
+    recompute    cells keep their states only, edges are computed again on the way back: less memory, more time, same gradients
+    amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
     that these sizes need. `drop_path`, an attribute, is the share of edge outputs dropped in training (0 at first).
@@ -380,7 +421,7 @@ class Network(nn.Module):
 
     def __init__(
         self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, seq_space="all", dropout=0.3,
-        recompute=False, genotype=None,
+        recompute=False, amp=False, genotype=None,
     ):  # fmt: skip
         super().__init__()
         for name, size, least in (
@@ -422,7 +463,7 @@ class Network(nn.Module):
             cell.recompute = recompute
         self.head = nn.Linear(c1, classes)
         self.dropout = nn.Dropout(dropout)
-        self.drop_path = 0.0
+        self.drop_path, self.amp = 0.0, amp
         # One alpha for all cells of a kind, (edges, operations), nearly uniform at first.
         self.alpha = nn.ParameterDict()
         if genotype is None:
@@ -439,7 +480,9 @@ class Network(nn.Module):
 
     def forward(self, x):
         """(N, 1, F, T) -> logits (N, classes)."""
-        return self.classify(*self.frames(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.classify(*self.frames(x))
+        return logits.float() if self.amp else logits
 
     def frames(self, x):
         """The CNN half: (N, 1, F, T) -> its last two outputs as sequences in time, each (N, T', D)."""

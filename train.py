@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -25,8 +26,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,14 +105,17 @@ class Options:
     seed: int = option(0, "seed of everything random", "run")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
     recompute: bool = option(False, "compute edges again on the way back: much less memory, a little slower, the same numbers", "run")
+    amp: bool = option(False, "mixed precision (bfloat16): other roundings; pays on a GPU", "run")
     threads: int = option(None, "CPU threads (default: torch's)", "run", int)
     deterministic: bool = option(False, "deterministic algorithms only; README names what a GPU has none for", "run")
+    benchmark: bool = option(False, "what a step costs on this machine at these sizes, for every SeqNN space, and nothing else", "run")
+    json: str = option(None, "file for the figures of --benchmark", "run", str)
 
 
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")  # of log.csv
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic")
+NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "benchmark", "json")
 
 
 def parse(argv):
@@ -190,7 +195,7 @@ def check(options):
 
 def network(options, classes, genotype=None):
     sizes = {name: getattr(options, name) for name in NETWORK_SIZES}
-    return Network(classes=classes, seq_space=options.seq_space, recompute=options.recompute, genotype=genotype, **sizes)
+    return Network(classes=classes, seq_space=options.seq_space, recompute=options.recompute, amp=options.amp, genotype=genotype, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -822,6 +827,81 @@ def estimate(options, data, parts, chosen):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Benchmark: what a step costs on this machine.
+
+
+def measure(options, order):
+    """Seconds and memory of a search step with a hypergradient of this order (0: of a training step of a derived network),
+    on random maps. -> a dict. To be called in a process of its own: on a CPU the peak is that of the whole process."""
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    device = pick_device(options.device)
+    gpu = device.type == "cuda"
+    net = network(options, 4)
+    net = (net if order else network(options, 4, derive(net))).to(device, memory_format=torch.channels_last)
+    batch = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device), torch.arange(options.batch, device=device) % 4
+    optimizer, architect = sgd(net, options, 1, 0.0)[0], order and Architect(net, F.cross_entropy, order=order)
+    steps = {
+        "alpha": order and (lambda: architect.step(batch, batch, xi=options.lr)),
+        "weight": lambda: weight_step(net, F.cross_entropy(net(batch[0]), batch[1]), optimizer, options.clip),
+        "inference": not order and (lambda: net.eval()(batch[0][:1])),
+    }
+    before, seconds, started = peak_memory(device), {name: [] for name, step in steps.items() if step}, time.perf_counter()
+    while len(seconds["weight"]) < 4 or len(seconds["weight"]) < 12 and time.perf_counter() - started < 20:  # the first one warms up
+        for name, times in seconds.items():
+            with torch.set_grad_enabled(name != "inference"):
+                if gpu:
+                    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                    events[0].record()
+                start = time.perf_counter()
+                steps[name]()
+                if gpu:
+                    events[1].record()
+                    torch.cuda.synchronize(device)
+                times.append(events[0].elapsed_time(events[1]) / 1000 if gpu else time.perf_counter() - start)
+        net.train()
+    medians = {f"{name}_seconds": float(np.median(times[1:])) for name, times in seconds.items()}
+    weights = sum(p.numel() for p in net.weights())
+    return {"weights": weights, **medians, "runs": len(seconds["weight"]) - 1, "peak_gb": peak_memory(device), "before_gb": before}
+
+
+def peak_memory(device):
+    """Most memory held so far, GB: on a GPU by tensors, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if Path("/proc/self/status").exists():  # resource's figure begins with the parent's, on Linux
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes, on macOS
+
+
+def benchmark(options):
+    """Prints a line as it is measured, and writes all figures to --json."""
+    device = pick_device(options.device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {options.threads or torch.get_num_threads()} threads"
+    ways = "".join(f", --{name}" for name in ("recompute", "amp") if getattr(options, name))
+    print(f"{options.scale} scale{ways}, batch {options.batch}, map {' x '.join(map(str, feature_settings(options).shape))}, on {machine}, torch {torch.__version__}")
+    print(f"{'network':22} {'weights':>11} {'order':>5} {'alpha step':>11} {'weight step':>12} {'search step':>12} {'peak':>9}", flush=True)
+    rows = []
+    parts = {"CNN cells alone": replace(options, seq_cells=0)} | {f"supernet, {space}": replace(options, seq_space=space) for space in SEQ_SPACES}
+    for name, part in (parts | {"derived": options}).items():
+        for order in (1, 2) if name in parts else (0,):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                row = {"network": name, "order": order, **process.submit(measure, part, order).result()}
+            rows.append(row)
+            if order:
+                times = row["alpha_seconds"], row["weight_seconds"], row["alpha_seconds"] + row["weight_seconds"]
+                print(f"{name:22} {row['weights']:>11,} {order:>5} {times[0]:>9.3f} s {times[1]:>10.3f} s {times[2]:>10.3f} s {row['peak_gb']:>6.2f} GB", flush=True)
+            else:
+                print(f"derived network (of an undecided search): {row['weights']:,} weights, training step {row['weight_seconds']:.3f} s, peak "
+                      f"{row['peak_gb']:.2f} GB, inference {1000 * row['inference_seconds']:.1f} ms an utterance")  # fmt: skip
+    if options.json:
+        about = {"machine": machine, "settings": settings_of(options), "recompute": options.recompute, **versions(), "rows": rows}
+        write(Path(options.json), (json.dumps(about, indent=1) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def settings_of(options):
@@ -906,6 +986,8 @@ def pick_device(name):
 
 def run(argv, stop, held):
     options = parse(argv)
+    if options.benchmark:
+        return benchmark(options)
     listing, chosen, device = check(options)
     other = None
     if options.test_dataset:

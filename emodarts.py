@@ -413,6 +413,7 @@ class Network(nn.Module):
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     dropout      after each cell
     recompute    cells keep their states only, edges are computed again on the way back: less memory, more time, same gradients
+    fixed        a Genotype of the cells that the search leaves as they are; of the supernet
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
@@ -421,7 +422,7 @@ class Network(nn.Module):
 
     def __init__(
         self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, seq_space="all", dropout=0.3,
-        recompute=False, amp=False, genotype=None,
+        recompute=False, amp=False, fixed=None, genotype=None,
     ):  # fmt: skip
         super().__init__()
         for name, size, least in (
@@ -435,20 +436,19 @@ class Network(nn.Module):
         reductions = {cnn_cells // 3, 2 * cnn_cells // 3}
         kinds = ["reduce" if k in reductions else "normal" for k in range(cnn_cells)]
         needed = [kind for kind in ("normal", "reduce") if kind in kinds] + ["seq"] * (seq_cells > 0)
-        self.candidates = {kind: SEQ_SPACES[seq_space] if kind == "seq" else tuple(CNN_OPS) for kind in needed}
-        if genotype is None:
-            every = {
-                kind: [[(j, names) for j in range(i)] for i in range(2, nodes + 2)] for kind, names in self.candidates.items()
-            }
-        else:
-            there = {kind: cell for kind, cell in vars(genotype).items() if cell is not None}
-            for kind in needed:
-                if kind not in there:
-                    raise ValueError(
-                        f"the genotype has no {kind} cell, which a network of {cnn_cells} CNN and {seq_cells} SeqNN cells "
-                        f"needs; it has: {', '.join(there) or 'none'}"
-                    )
-            every = {kind: [[(j, (op,)) for op, j in node] for node in there[kind]] for kind in needed}
+        there = {kind: cell for kind, cell in vars(genotype or fixed or Genotype()).items() if cell is not None}
+        self.fixed, self.candidates = there, {}  # cells that are decided; of the others, the operations to choose from
+        for kind in needed:
+            if kind not in there and genotype is not None:
+                raise ValueError(
+                    f"the genotype has no {kind} cell, which a network of {cnn_cells} CNN and {seq_cells} SeqNN cells "
+                    f"needs; it has: {', '.join(there) or 'none'}"
+                )
+            if kind not in there:
+                self.candidates[kind] = SEQ_SPACES[seq_space] if kind == "seq" else tuple(CNN_OPS)
+        every = {kind: [[(j, (op,)) for op, j in node] for node in cell] for kind, cell in there.items()}
+        for kind, names in self.candidates.items():
+            every[kind] = [[(j, names) for j in range(i)] for i in range(2, nodes + 2)]
 
         affine = genotype is not None
         c, c0, c1 = channels, 3 * channels, 3 * channels
@@ -463,12 +463,11 @@ class Network(nn.Module):
             cell.recompute = recompute
         self.head = nn.Linear(c1, classes)
         self.dropout = nn.Dropout(dropout)
-        self.drop_path, self.amp = 0.0, amp
+        self.drop_path, self.amp, self.nodes = 0.0, amp, nodes
         # One alpha for all cells of a kind, (edges, operations), nearly uniform at first.
         self.alpha = nn.ParameterDict()
-        if genotype is None:
-            for kind, names in self.candidates.items():
-                self.alpha[kind] = nn.Parameter(1e-3 * torch.randn(sum(map(len, every[kind])), len(names)))
+        for kind, names in self.candidates.items():
+            self.alpha[kind] = nn.Parameter(1e-3 * torch.randn(sum(map(len, every[kind])), len(names)))
 
     def weights(self):
         """The parameters w of the lower level: all but the alphas."""
@@ -509,7 +508,7 @@ def derive(net):
 
     Softmax weights, not raw alphas: a raw alpha says nothing about its share among the others on its edge.
     """
-    cells = {}
+    cells = dict(net.fixed)
     for kind, names in net.candidates.items():
         weight = net.alpha[kind].detach().softmax(dim=-1).tolist()
         nodes, row = [], 0
@@ -523,6 +522,26 @@ def derive(net):
             nodes.append(tuple((op, j) for _, j, op in sorted(strongest, key=lambda edge: edge[1])))
         cells[kind] = tuple(nodes)
     return Genotype(**cells)
+
+
+def random_genotype(net):
+    """Uniformly drawn from the space of a supernet: what a search has to beat. Two predecessors a node, as `derive` has them."""
+    cells = dict(net.fixed)
+    for kind, names in net.candidates.items():
+        names = [name for name in names if name != "none"]
+        pairs = [torch.randperm(i)[:2].sort().values.tolist() for i in range(2, net.nodes + 2)]
+        cells[kind] = tuple(tuple((names[torch.randint(len(names), ())], j) for j in pair) for pair in pairs)
+    return Genotype(**cells)
+
+
+def expected_parameters(net):
+    """Number of weights on a supernet's edges, each operation counted with its softmax(alpha): differentiable, ()."""
+    total = torch.zeros((), device=next(net.parameters()).device)
+    for cell in (*net.cnn, *net.seq):
+        if cell.kind in net.alpha:
+            sizes = [[sum(p.numel() for p in op.parameters()) for op in edge.ops.values()] for edge in cell.edges.values()]
+            total = total + (net.alpha[cell.kind].softmax(dim=-1) * torch.tensor(sizes).to(total)).sum()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,13 +559,13 @@ class Architect:
     order=2 takes four passes; while it lasts it holds one copy of the weights and one gradient.
 
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
-    after a step as before.
+    after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val.
     """
 
-    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3):
+    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")
-        self.net, self.loss, self.order = net, loss, order
+        self.net, self.loss, self.order, self.penalty = net, loss, order, penalty
         self.optimizer = torch.optim.Adam(net.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
 
     def step(self, val, train=None, xi=0.0):
@@ -558,6 +577,8 @@ class Architect:
         loss, gradient = self.first_order(val) if self.order == 1 else self.second_order(val, train, xi)
         for alpha, g in zip(self.net.alphas(), gradient):
             alpha.grad = g
+        if self.penalty:
+            self.penalty().backward(inputs=self.net.alphas())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -586,7 +607,8 @@ class Architect:
                 set_to(w, w_before, self.gradient(train, w, masks)[1], -xi)  # w'
                 loss, both = self.gradient(val, alphas + w)
                 d_alpha, d_w = both[: len(alphas)], both[len(alphas) :]
-                eps = 0.01 / torch.linalg.vector_norm(torch.stack([g.norm() for g in d_w])).item()
+                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in d_w])).item()
+                eps = 0.01 / max(norm, 1e-12)  # a gradient of zeros has no second-order term
                 set_to(w, w_before, d_w, eps)  # w+
                 _, plus = self.gradient(train, alphas, masks)
                 set_to(w, w_before, d_w, -eps)  # w-

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.fft
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -384,6 +385,117 @@ def test_recomputation_changes_no_bit(derived):
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and all(torch.equal(states[0][name], t) for name, t in states[1].items())
     assert int(states[1]["stem.1.num_batches_tracked"]) == 2
     assert {int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")} == {2}
+
+
+def plain_operation(op, x):
+    """What CNN operations are by definition: a dilated convolution with stride 2 as such, the reducing skip connection as
+    two 1x1 convolutions with stride 2."""
+    modules = [m for m in op if not isinstance(m, emodarts.EvenGrid)] if isinstance(op, nn.Sequential) else [op]
+    for m in modules:
+        if isinstance(m, emodarts.BothGrids):
+            even, odd = (c[:, :, None, None] for c in op[2].weight[:, :, 0, 0].chunk(2))
+            padded = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
+            x = torch.cat([F.conv2d(x, even, stride=2), F.conv2d(padded, odd, stride=2)], dim=1)
+        elif isinstance(m, nn.Conv2d) and len(modules) < len(op):
+            k = m.kernel_size[0]
+            x = F.conv2d(x, m.weight, stride=2, padding=2 * (k // 2), dilation=2, groups=m.groups) if k > 1 else m(x)
+        elif not (isinstance(m, nn.Conv2d) and m.groups == 2 and isinstance(op[1], emodarts.BothGrids)):
+            x = m(x)
+    return x
+
+
+@pytest.mark.parametrize("kind, size", [("normal", (12, 9)), ("reduce", (12, 9)), ("reduce", (7, 16))])
+def test_a_cell_is_its_plain_definition(kind, size):
+    """Node i is the sum over j < i of the softmax-weighted operations on state j, each edge by itself: outputs, gradients."""
+    nodes = 3
+    wiring = [[(j, tuple(CNN_OPS)) for j in range(i)] for i in range(2, nodes + 2)]
+    cell = emodarts.CNNCell(kind, wiring, 6, 6, 4, False, affine=False).double().train()
+    s0, s1 = (torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(sum(range(2, nodes + 2)), len(CNN_OPS), dtype=torch.float64).softmax(1).requires_grad_()
+    leaves = [s0, s1, weight, *cell.parameters()]
+
+    def plain():
+        states, rows = [before(s) for before, s in zip(cell.before, (s0, s1))], iter(weight)
+        for i in range(2, nodes + 2):
+            edges = [(states[j], next(rows), cell.edges[f"{j}_{i}"].ops.values()) for j in range(i)]
+            states.append(sum(w * plain_operation(op, x) for x, row, ops in edges for w, op in zip(row, ops)))
+        return torch.cat(states[2:], dim=1)
+
+    ours, theirs = cell(s0, s1, weight), plain()
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    direction = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (ours, theirs)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_what_edges_share_is_computed_once_and_counted_once():
+    net, calls = Network(**SMALL), []
+    for m in net.modules():
+        if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
+            m.register_forward_hook(lambda *_: calls.append(1))
+    net.train()(batch(4)[0])
+    assert len(calls) == 3 * 3 * 2  # cells, states with edges, kinds of pooling
+    assert {int(t) for name, t in net.state_dict().items() if name.endswith("num_batches_tracked")} == {1}
+
+
+def test_mixed_precision_keeps_weights_alphas_and_logits_in_float32():
+    net = Network(**SMALL, dropout=0.0).train()
+    x, target = batch(8)
+    exact = net(x)
+    loss, gradient = Architect(net, F.cross_entropy).first_order((x, target))
+    net.amp = True
+    rough = net(x)
+    _, roughly = Architect(net, F.cross_entropy).first_order((x, target))
+    assert rough.dtype == torch.float32 and all(g.dtype == torch.float32 for g in roughly)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert 1e-5 < (rough - exact).abs().max() < 0.1  # bfloat16 has 8 bits: it was used, and it is no other function
+    assert F.cosine_similarity(flat(gradient), flat(roughly), dim=0) > 0.9
+
+
+def test_random_genotypes_are_uniform():
+    net, counts = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="rnn_att"), Counter()
+    for _ in range(600):
+        genotype = emodarts.random_genotype(net)
+        counts.update(op for node in genotype.seq for op, _ in node)
+        counts.update([tuple(j for _, j in genotype.seq[1])])
+    assert set(counts) == {"skip_connect", "rnn_att_1", "rnn_att_2", (0, 1), (0, 2), (1, 2)}
+    for name, n in counts.items():  # expected: 2,400 edges over 3 operations, 600 nodes over 3 pairs; 5 standard deviations
+        expected = 200 if isinstance(name, tuple) else 800
+        assert abs(n - expected) < 5 * math.sqrt(expected * 2 / 3)
+
+
+def test_expected_parameters_and_the_penalty():
+    genotype = random_genotype()
+    net = Network(**SMALL)
+    uniform = statistics.mean  # of a uniform softmax: the mean over the operations, summed over the edges
+    with torch.no_grad():
+        for alpha in net.alpha.values():
+            alpha.zero_()
+    by_hand = sum(
+        uniform([sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]) for cell in (*net.cnn, *net.seq) for edge in cell.edges.values()
+    )
+    assert emodarts.expected_parameters(net).item() == pytest.approx(by_hand)
+    # Nothing but the penalty: the alphas move towards fewer weights, in both orders.
+    for order in (1, 2):
+        net = Network(**SMALL)
+        architect = Architect(net, lambda logits, target: 0 * logits.sum(), order=order, lr=0.1, penalty=lambda: emodarts.expected_parameters(net) / 1e6)
+        before = emodarts.expected_parameters(net).item()
+        for _ in range(3):
+            architect.step(batch(4), batch(4), xi=0.01)
+        assert emodarts.expected_parameters(net).item() < 0.95 * before
+
+
+@pytest.mark.parametrize("searched, fixed", [("cnn", "seq"), ("seq", "normal reduce")])
+def test_an_ablation_searches_the_other_cells_only(searched, fixed):
+    net = train.network(train.parse(["--search", searched, "--channels", "2"]), 4)
+    assert set(net.alpha) == {"normal", "reduce", "seq"} - set(fixed.split())
+    given = train.FIXED[searched](2)
+    for genotype in (derive(net), emodarts.random_genotype(net)):
+        for kind in ("normal", "reduce", "seq"):
+            assert (getattr(genotype, kind) == getattr(given, kind)) == (kind in fixed)
+    net.train()(batch(4)[0]).sum().backward()
+    assert all(p.grad is not None for p in net.weights())
 
 
 def test_an_alpha_step_that_fails_leaves_the_weights_alone():
@@ -1109,6 +1221,119 @@ def test_select_best_keeps_the_latest_of_the_best_epochs(monkeypatch):
     assert not torch.equal(states[2]["head.weight"], states[3]["head.weight"])
 
 
+@pytest.mark.parametrize("model", train.MODELS[2:])
+def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(model):
+    net = train.Baseline(model, 4, 24).eval()
+    x = batch(5, 24, 32)[0]
+    torch.testing.assert_close(net(x[[3, 1]]), net(x)[[3, 1]], rtol=1e-4, atol=1e-5)
+    assert (net(x.flip(3)) - net(x)).abs().max() > 1e-4  # the order of time counts
+    assert train.Baseline(model, 4, 24)(batch(2, 24, 100)[0]).shape == (2, 4)
+
+
+def test_augmentation_shifts_and_masks_each_utterance_by_itself():
+    x = torch.randn(200, 1, 20, 50)
+    y = train.augmented(x, train.parse(["--masks", "0"]))
+    shifts = set()
+    for a, b in zip(x[:, 0], y[:, 0]):
+        (k,) = [k for k in range(50) if torch.equal(a.roll(-k, 1), b)]
+        shifts.add(k)
+    assert len(shifts) > 40 and torch.equal(train.augmented(x, train.parse(["--masks", "0", "--no-shift"])), x)
+    for kind, axes in (("mfcc", (2,)), ("log-mel", (1, 2))):
+        y = train.augmented(x, train.parse(["--masks", "1", "--no-shift", "--features", kind]))[:, 0]
+        for axis in (1, 2):
+            masked = (y == 0).all(dim=3 - axis)  # (N, axis)
+            assert (masked.sum(1) <= masked.shape[1] // 5).all() and (masked.sum(1) > 0).any() == (axis in axes)
+            edges = (masked[:, 1:] != masked[:, :-1]).sum(1)
+            assert (edges <= 2).all() and (axis not in axes or len({tuple(m) for m in masked.tolist()}) > 20)  # one stretch, of one's own
+        assert torch.equal(y[y != 0], x[:, 0][y != 0])
+
+
+def test_multiply_accumulates():
+    """Convolutions and linear layers against torch's counter, recurrent ones by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = Network(channels=4, cnn_cells=3, seq_cells=0, nodes=2, stem_stride=2, genotype=random_genotype(kinds=("normal", "reduce"))).eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 1, 20, 32))
+    assert train.macs(net, (20, 32)) == counter.get_total_flops() // 2
+    lstm = train.Baseline("lstm", 4, 20)  # two layers, two directions, four gates, width 64; 10 frames
+    assert train.macs(lstm, (20, 10)) == 10 * 2 * 4 * 64 * ((20 + 64) + (128 + 64)) + 128 * 4
+    rnn = nn.Sequential(nn.Flatten(1, 2), emodarts.Recurrent(32, layer=nn.RNN, layers=2))
+    assert train.macs(rnn, (20, 32)) == 20 * 2 * 2 * 32 * 32
+
+
+def test_a_search_ends_before_it_collapses(monkeypatch):
+    listing, data = tiny_data()
+    fold = folds(listing)[0]
+    data.standardise_by(fold.train)
+    skips = iter([1, 2, 5, 5])
+    real, found = train.derive, []
+
+    def derive(net):
+        ops = ["skip_connect"] * next(skips) + ["max_pool_3x3"] * 5
+        found.append(replace(real(net), normal=[[(op, 0)] for op in ops]))
+        return found[-1]
+
+    monkeypatch.setattr(train, "derive", derive)
+    rows, options = [], tiny_options("--skip-limit", "3", "--search-epochs", "9")
+    assert train.search(train.network(options, 4), data, fold.train, options, lambda **row: rows.append(row)) == found[1]
+    assert [row["skips_normal"] for row in rows] == [2, 5]
+
+
+def test_poison_moves_a_share_of_the_test_speakers():
+    listing, data = tiny_data()
+    fold = folds(listing)[0]
+    moved = train.poisoned(fold, train.parse(["--poison", "0.5"]), data.labels)
+    assert moved.validation == fold.validation and sorted(moved.train + moved.test) == sorted(fold.train + fold.test)
+    assert Counter(data.labels[moved.test]) == {0: 1, 1: 1, 2: 1, 3: 1}  # of two a class
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    """Three folds of two utterances, two seeds: means, deviations, the paired test, the ensemble, the choice by validation."""
+    logits = {"emodarts-seed0": [[2, 0], [1, 0]], "emodarts-seed1": [[0, 1], [0, 3]], "cnn-seed0": [[3, 0], [2, 0]], "cnn-seed1": [[3, 0], [2, 0]]}
+    ua_of = {"emodarts-seed0": [0.8, 0.6, 1.0], "emodarts-seed1": [0.6, 0.6, 0.7], "cnn-seed0": [0.5, 0.2, 0.4], "cnn-seed1": [0.5, 0.4, 0.7]}
+    validation = {"emodarts-seed0": [0.1, 0.9, 0.1], "emodarts-seed1": [0.2, 0.1, 0.2]}
+    for name, values in ua_of.items():
+        entries = []
+        for k, value in enumerate(values):
+            (tmp_path / name / f"fold{k}").mkdir(parents=True)
+            p = torch.tensor(logits[name], dtype=torch.float64).softmax(1)
+            rows = [f"u{n},{label},x,{a:.9g},{b:.9g}" for n, (label, (a, b)) in enumerate(zip("ab", p.tolist()))]
+            (tmp_path / name / f"fold{k}" / "predictions.csv").write_text("\n".join(["utterance,label,predicted,a,b", *rows]))
+            about = {"parameters": 10, "macs": 2e6, "peak_gb": 1.0, "seconds": {"search": 1, "training": 2}}
+            entries.append({"fold": k, "ua": value, "wa": value / 2, "validation_ua": validation.get(name, [0] * 3)[k], **about})
+        (tmp_path / name / "results.json").write_text(json.dumps({"folds": entries, "notes": ["a note"]}))
+    options = train.parse(["--compare", "--seeds", "2"])
+    train.compared(options, tmp_path, [("emodarts", 0), ("cnn", 0), ("emodarts", 1), ("cnn", 1)])
+    rows = {row["model"]: row for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]}
+    ours, theirs = [0.7, 0.6, 0.85], [0.5, 0.3, 0.55]
+    assert rows["emodarts"]["ua"] == pytest.approx(statistics.mean(ours)) and rows["cnn"]["wa"] == pytest.approx(statistics.mean(theirs) / 2)
+    assert rows["emodarts"]["ua_std_folds"] == pytest.approx(statistics.stdev(ours))
+    assert rows["emodarts"]["ua_std_seeds"] == pytest.approx(statistics.stdev([0.8, 1.9 / 3]))
+    assert rows["cnn"]["p"] == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue) and rows["emodarts"]["p"] is None
+    # Summed logits: [2, 1], [1, 3]: both right, though each seed alone has one wrong.
+    assert rows["emodarts, ensemble"]["ua"] == 1.0
+    assert rows["emodarts, best seed by validation"]["ua"] == pytest.approx(statistics.mean([0.6, 0.6, 0.7]))
+    said = capsys.readouterr().out
+    assert "a note" in said and said.index("| emodarts") < said.index("| cnn") and all(line in said for line in (tmp_path / "comparison.md").read_text().splitlines())
+
+
+def test_two_processes_share_a_comparison(tmp_path, monkeypatch, capsys):
+    """What another process works on is left for later; when it is done, it is not computed again."""
+    calls, plan = [], iter([True, False])
+
+    def run_one(options, *_):
+        calls.append(options.out)
+        if options.seed == 0 and next(plan):
+            raise train.InUse("in use by another process")
+
+    monkeypatch.setattr(train, "run_one", run_one)
+    monkeypatch.setattr(train, "check", lambda options: None)
+    monkeypatch.setattr(train, "compared", lambda *_: None)
+    train.run(["--seeds", "2", "--out", str(tmp_path)], None)
+    assert [Path(call).name for call in calls] == ["emodarts-seed0", "emodarts-seed1", "emodarts-seed0"]
+
+
 def command(*arguments, cwd, code=0):
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
@@ -1229,7 +1454,7 @@ def test_statistics_of_each_speaker():
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {name: without_seconds(v) for name, v in value.items() if name != "seconds"}
+        return {name: without_seconds(v) for name, v in value.items() if name not in ("seconds", "peak_gb")}
     return [without_seconds(v) for v in value] if isinstance(value, list) else value
 
 
@@ -1534,7 +1759,7 @@ def test_numbers_that_no_step_can_be_made_with_stop_the_run(undisturbed, monkeyp
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     assert train.main(argv) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.0505: the norm of the gradient is nan", said)
+    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.013: the norm of the gradient is nan", said)
     assert len(set(re.findall(r"wav/?\S*|09a\d\d[WFNT]a\.wav", said))) == 8 and (cwd / "broken/fold0/not-finite.pt").exists()
     checkpoint = (cwd / "broken/fold0/checkpoint.pt").read_bytes()
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()):
@@ -1636,7 +1861,8 @@ def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
     file, options = tmp_path / "fold0" / "checkpoint.pt", train.parse([*TINY, "--cnn-cells", "1", "--seq-cells", "0", "--nodes", "1"])
     file.parent.mkdir()
     keep, net = train.Keeper(torch.device("cpu"), "run", file), train.network(options, 4)
-    optimizer, schedule = train.sgd(net, options, 2, 0.0)
+    optimizer = torch.optim.SGD(net.weights(), 0.1, 0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
     next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
     keep.save(file)
     with zipfile.ZipFile(file) as archive:

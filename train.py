@@ -27,7 +27,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -35,9 +35,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
+from scipy import stats
+from torch import nn
 
 import features
-from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive
+from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive, expected_parameters, random_genotype
 from features import CORPORA, InputError, fcntl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,6 +50,9 @@ SCALES = {
     "paper": dict(coefficients=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, search_epochs=50, epochs=100),
     "small": dict(coefficients=40, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2, search_epochs=15, epochs=40),
 }
+
+
+MODELS = ("emodarts", "random", "cnn", "lstm", "cnn-lstm", "cnn-lstm-att")
 
 
 def option(default, text, group, kind=None, choices=None):
@@ -71,6 +76,7 @@ class Options:
     features: str = option("mfcc", "MFCCs, or the logarithmic mel spectrum", "data", choices=("mfcc", "log-mel"))
     window: float = option(8.0, "seconds of a window; longer utterances become several", "data")
     padding: str = option("repeat", "of utterances shorter than a window", "data", choices=("repeat", "zero"))
+    poison: float = option(0.0, "share of the test speakers' utterances that trains instead: no longer speaker-independent", "data")
     normalise: str = option(
         "train", "statistics: of the training speakers, or of each speaker, which uses the test speaker's unlabelled audio", "data",
         choices=("train", "speaker"),
@@ -86,23 +92,37 @@ class Options:
     search_epochs: int = option(None, "epochs of the search", "sizes", int)
     epochs: int = option(None, "epochs of the final training", "sizes", int)
 
+    model: str = option("emodarts", "what is trained: the searched network, a random one of the same space, or one designed by hand", "search", choices=MODELS)
+    search: str = option("joint", "cells that are searched; the others are fixed ones that README names", "search", choices=("joint", "cnn", "seq"))
+    genotype: str = option(None, "file of a genotype to train, without a search", "search", str)
     order: int = option(1, "order of the hypergradient", "search", choices=(1, 2))
     seq_space: str = option("all", "candidate operations of the SeqNN", "search", choices=SEQ_SPACES)
     alpha_lr: float = option(3e-4, "learning rate of the alphas (Adam)", "search")
     alpha_decay: float = option(1e-3, "weight decay of the alphas", "search")
+    search_lr: float = option(0.025, "learning rate of the weights while searching (SGD, cosine)", "search")
+    lr_min: float = option(0.001, "where that cosine ends; in training it ends at 0", "search")
+    search_decay: float = option(3e-4, "weight decay of the weights while searching", "search")
+    skip_limit: int = option(None, "end the search before a cell has more skip connections than this", "search", int)
+    size_penalty: float = option(0.0, "added to the alphas' loss for each million of expected weights", "search")
 
     batch: int = option(16, "batch size, of search and training", "training")
-    lr: float = option(0.025, "learning rate of the weights (SGD, cosine), of search and training", "training")
-    lr_min: float = option(0.001, "where the cosine ends in the search; in training it ends at 0", "training")
+    optimizer: str = option("adamw", "of the training; the search takes sgd", "training", choices=("adamw", "sgd"))
+    lr: float = option(0.002, "learning rate of the training (cosine)", "training")
     momentum: float = option(0.9, "of SGD", "training")
-    decay: float = option(3e-4, "weight decay of the weights", "training")
+    decay: float = option(0.05, "weight decay of the training", "training")
     clip: float = option(5.0, "largest norm of the weights' gradient", "training")
+    label_smoothing: float = option(0.1, "of the training", "training")
+    shift: bool = option(True, "shift training maps in time, around the end", "training")
+    masks: int = option(1, "masked stretches of time in a training map; of log-mel also as many of bands", "training")
     dropout: float = option(0.3, "after each cell", "training")
     drop_path: float = option(0.2, "share of edge outputs dropped at the end of training, growing from 0", "training")
     select: str = option("last", "epoch that counts: the last, or the best validation UA (ties: the latest)", "training", choices=("last", "best"))
 
     out: str = option(None, "folder of the run (default: runs/DATASET-SCALE-KEY, the key made of the settings)", "run", str)
     seed: int = option(0, "seed of everything random", "run")
+    seeds: int = option(1, "runs with this many seeds, from --seed on; with their ensemble", "run")
+    compare: bool = option(False, "runs emodarts, the baselines and random genotypes, and compares them", "run")
+    randoms: int = option(10, "random genotypes of --compare, one seed each", "run")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
     recompute: bool = option(False, "compute edges again on the way back: much less memory, a little slower, the same numbers", "run")
     amp: bool = option(False, "mixed precision (bfloat16): other roundings; pays on a GPU", "run")
@@ -112,10 +132,10 @@ class Options:
     json: str = option(None, "file for the figures of --benchmark", "run", str)
 
 
-COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "val_ua", "val_wa", "seconds")  # of log.csv
+COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips_normal", "skips_reduce", "skips_seq", "val_ua", "val_wa", "seconds")  # of log.csv
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "benchmark", "json")
+NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "benchmark", "json", "seeds", "compare", "randoms")
 
 
 def parse(argv):
@@ -132,7 +152,7 @@ def parse(argv):
             text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
         flag = "--" + f.name.replace("_", "-")
         if about["kind"] is bool:
-            group.add_argument(flag, action="store_true", help=about["text"])
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=about["text"] + (" (default)" if f.default else ""))
         else:
             group.add_argument(flag, type=about["kind"], choices=about["choices"], default=f.default, help=text)
     options = Options(**vars(parser.parse_args(argv)))
@@ -155,16 +175,18 @@ def check(options):
             problems.append(str(error))
 
     least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1, "workers": 1}
-    least |= dict.fromkeys(("lr", "lr_min", "alpha_lr", "alpha_decay", "momentum", "decay", "clip"), 0)
+    least |= dict.fromkeys(("lr", "search_lr", "lr_min", "alpha_lr", "alpha_decay", "momentum", "decay", "search_decay", "clip"), 0)
+    least |= {"skip_limit": 0, "size_penalty": 0, "masks": 0, "seeds": 1, "randoms": 0}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and not smallest <= value < math.inf:  # nor is NaN
             problems.append(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}")
-    for name in ("dropout", "drop_path"):
+    for name in ("dropout", "drop_path", "label_smoothing", "poison"):
         if not 0 <= getattr(options, name) < 1:
             problems.append(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
     with torch.device("meta"):
         attempt(network, options, 2)
+        attempt(given_genotype, options)
     attempt(feature_settings, options)
     device = attempt(pick_device, options.device)
     for name, folder in (("out", out_folder(options)), ("cache", Path(options.cache))):
@@ -195,7 +217,79 @@ def check(options):
 
 def network(options, classes, genotype=None):
     sizes = {name: getattr(options, name) for name in NETWORK_SIZES}
-    return Network(classes=classes, seq_space=options.seq_space, recompute=options.recompute, amp=options.amp, genotype=genotype, **sizes)
+    return Network(
+        classes=classes, seq_space=options.seq_space, recompute=options.recompute, amp=options.amp, fixed=FIXED[options.search](options.nodes),
+        genotype=genotype, **sizes,
+    )  # fmt: skip
+
+
+def chain(nodes, first, second):
+    """A cell in which each node reads the two states before it."""
+    return tuple(((first, i), (second, i + 1)) for i in range(nodes))
+
+
+# What an ablation does not search.
+FIXED = {
+    "joint": lambda nodes: None,
+    "cnn": lambda nodes: Genotype(seq=chain(nodes, "lstm_1", "skip_connect")),
+    "seq": lambda nodes: Genotype(chain(nodes, "sep_conv_3x3", "sep_conv_3x3"), chain(nodes, "max_pool_3x3", "sep_conv_3x3")),
+}
+
+
+def given_genotype(options):
+    """What --genotype names, None without it. Builds the network once, so that a genotype that does not fit is refused."""
+    if options.genotype is None:
+        return None
+    try:
+        genotype = Genotype.from_json(Path(options.genotype).read_text())
+        network(options, 2, genotype)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"--genotype {options.genotype}: {error}") from None
+    return genotype
+
+
+class Baseline(nn.Module):
+    """Hand-designed networks with the time axis kept: (N, 1, F, T) -> logits (N, classes).
+
+    cnn: three convolutions with pooling, one more, mean over the map. lstm: two bidirectional layers over the frames,
+    mean over time. cnn-lstm: the three convolutions, one bidirectional layer, mean over time; cnn-lstm-att: additive
+    attention over time instead of the mean.
+    """
+
+    def __init__(self, kind, classes, bands, dropout=0.3, width=64):
+        super().__init__()
+        self.kind, c = kind, 1
+        self.cnn, frame = nn.Sequential(), bands
+        if kind != "lstm":
+            for out, pool in ((16, 2), (32, 2), (64, (2, 1))):  # F is halved three times, T twice
+                block = nn.Conv2d(c, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(pool, ceil_mode=True)
+                self.cnn.extend([*block, nn.Dropout2d(0.1)])
+                c, frame = out, out * -(-bands // 8)
+        if kind == "cnn":
+            self.top = nn.Sequential(nn.Conv2d(c, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU())
+        else:
+            layers = 2 if kind == "lstm" else 1
+            self.rnn = nn.LSTM(frame, width, layers, batch_first=True, bidirectional=True, dropout=dropout * (layers > 1))
+        self.score = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1)) if kind == "cnn-lstm-att" else None
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, classes))
+
+    def weights(self):
+        return list(self.parameters())
+
+    def forward(self, x):
+        x = self.cnn(x)
+        if self.kind == "cnn":
+            return self.head(self.top(x).mean(dim=(2, 3)))
+        h, _ = self.rnn(x.flatten(1, 2).transpose(1, 2))  # (N, C, F, T) -> (N, C F, T) -> (N, T, C F) -> (N, T, 2 width)
+        a = 1 / h.shape[1] if self.score is None else self.score(h).softmax(dim=1)  # (N, T, 1)
+        return self.head((a * h).sum(dim=1))
+
+
+def final_network(options, classes, genotype):
+    """The network that is trained and tested."""
+    if genotype is None:
+        return Baseline(options.model, classes, options.coefficients, options.dropout)
+    return network(options, classes, genotype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +384,15 @@ def halves(utterances, labels):
     return by_class[0::2], by_class[1::2]
 
 
+def poisoned(fold, options, labels):
+    """Moves a share of each class of the test utterances to the training set: the paper's "dataset poisoning"."""
+    rng, moved = np.random.default_rng(options.seed), []
+    for label in set(labels[fold.test]):
+        members = [i for i in fold.test if labels[i] == label]
+        moved += rng.permutation(members)[: int(options.poison * len(members))].tolist()
+    return replace(fold, train=fold.train + moved, test=[i for i in fold.test if i not in moved])
+
+
 def seed(options, fold, stage):
     """Each stage of each fold has its own random stream, so that running fold 3 alone gives what running all gives."""
     torch.manual_seed(int(np.random.SeedSequence([options.seed, fold, stage]).generate_state(1)[0]))
@@ -350,6 +453,10 @@ def write(file, content):
     os.replace(part, file)
 
 
+class InUse(InputError):
+    """Another process works in the folder."""
+
+
 def lock(folder):
     """-> an open file. Until it is closed no other process gets it; the lock of a dead process is free."""
     locked = open(folder / "lock", "a+", errors="replace")
@@ -359,7 +466,7 @@ def lock(folder):
         except BlockingIOError:
             locked.seek(0)
             pid = re.sub(r"\D", "", locked.read(20))
-            raise InputError(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
+            raise InUse(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
     locked.truncate(0)
     locked.write(str(os.getpid()))
     locked.flush()
@@ -534,7 +641,7 @@ class Keeper:
 
     def found_genotype(self, genotype):
         """The search is over."""
-        self.stage, self.genotype, self.epoch = "train", genotype.to_json(), 0
+        self.stage, self.genotype, self.epoch, self.step = "train", genotype.to_json() if genotype else "", 0, 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,7 +649,7 @@ class Keeper:
 
 
 def search(net, data, train, options, log, keep=None):
-    """Moves alphas and weights in turn. The network is a supernet; `train` are the training speakers' utterances."""
+    """Moves alphas and weights in turn. The network is a supernet; `train` are the training speakers' utterances. -> Genotype."""
     keep = keep or Keeper(data.device)
     w_half, alpha_half = halves(train, data.labels)
     steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
@@ -550,8 +657,15 @@ def search(net, data, train, options, log, keep=None):
     def loss(logits, target):
         return F.cross_entropy(logits, target, class_weights)
 
-    architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, weight_decay=options.alpha_decay)
-    optimizer, schedule = sgd(net, options, options.search_epochs, options.lr_min)
+    def penalty():
+        return options.size_penalty * expected_parameters(net) / 1e6
+
+    architect = Architect(
+        net, loss, order=options.order, lr=options.alpha_lr, weight_decay=options.alpha_decay, penalty=penalty if options.size_penalty else None
+    )
+    optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum, weight_decay=options.search_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.search_epochs, options.lr_min)
+    found = derive(net)
     for epoch in keep.epochs(options.search_epochs, net=net, optimizer=optimizer, schedule=schedule, alphas=architect.optimizer):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         net.train()
@@ -560,23 +674,38 @@ def search(net, data, train, options, log, keep=None):
             keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
             keep.sums["loss"] += weight_step(net, loss(net(x), target), optimizer, options.clip)
         schedule.step()
+        before, found = found, derive(net)
         log(
             stage="search", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, alpha_loss=keep.sums["alpha_loss"] / steps,
-            entropy=entropy(net), seconds=time.perf_counter() - started,
+            entropy=entropy(net), **skips(found), seconds=time.perf_counter() - started,
         )  # fmt: skip
+        if options.skip_limit is not None and max(skips(found).values()) > options.skip_limit:
+            return before  # a cell of skip connections learns fast and generalises badly: the known collapse of DARTS
+    return found
+
+
+def skips(genotype):
+    """Number of skip connections of each cell."""
+    cells = {kind: cell for kind, cell in vars(genotype).items() if cell is not None}
+    return {f"skips_{kind}": sum(op == "skip_connect" for node in cell for op, _ in node) for kind, cell in cells.items()}
 
 
 def train(net, data, train, validation, options, log, keep=None):
     """Trains a derived network from scratch. -> epoch that counts."""
     keep = keep or Keeper(data.device)
     steps, class_weights = data.steps(train, options.batch), data.class_weights(train)
-    optimizer, schedule = sgd(net, options, options.epochs, 0.0)
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(net.weights(), options.lr, options.momentum, weight_decay=options.decay)
+    else:
+        optimizer = torch.optim.AdamW(net.weights(), options.lr, weight_decay=options.decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     for epoch in keep.epochs(options.epochs, net=net, optimizer=optimizer, schedule=schedule):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         net.train()
         net.drop_path = options.drop_path * epoch / options.epochs
         for x, target in keep.steps(data.batches(train, steps, keep.step)):
-            keep.sums["loss"] += weight_step(net, F.cross_entropy(net(x), target, class_weights), optimizer, options.clip)
+            loss = F.cross_entropy(net(augmented(x, options)), target, class_weights, label_smoothing=options.label_smoothing)
+            keep.sums["loss"] += weight_step(net, loss, optimizer, options.clip)
         schedule.step()
         seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
         log(
@@ -590,6 +719,17 @@ def train(net, data, train, validation, options, log, keep=None):
         net.load_state_dict(keep.best_weights)
         return keep.best["epoch"]
     return options.epochs
+
+
+def augmented(x, options):
+    """Standardised maps (N, 1, F, T), each with its own shift and masks; a mask is filled with the mean, 0."""
+    if options.shift:
+        t = torch.arange(x.shape[3]) + torch.randint(x.shape[3], (len(x), 1))  # (N, T)
+        x = x.gather(3, (t % x.shape[3]).to(x.device)[:, None, None].expand_as(x))
+    for axis in (3, 2) if options.features == "log-mel" else (3,):  # a mask over MFCCs would not be one of bands
+        for _ in range(options.masks):
+            x = torchaudio.functional.mask_along_axis_iid(x, x.shape[axis] // 5, 0.0, axis)
+    return x
 
 
 def weight_step(net, loss, optimizer, clip):
@@ -613,11 +753,6 @@ class NotFinite(Exception):
     """A number that no step can be made with."""
 
 
-def sgd(net, options, epochs, lr_min):
-    optimizer = torch.optim.SGD(net.weights(), options.lr, options.momentum, weight_decay=options.decay)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, lr_min)
-
-
 def entropy(net):
     """Mean entropy of the edges' softmax weights as a share of the largest possible: 1 undecided, 0 decided."""
     parts = []
@@ -631,6 +766,7 @@ def fit(k, fold, data, options, folder, progress, keep):
     """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json, log.csv and model.pt.
     -> (the network, what results.json says of it)."""
     data.standardise_by(fold.train)
+    reset_peak(data.device)
     with open(folder / "log.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
@@ -647,20 +783,24 @@ def fit(k, fold, data, options, folder, progress, keep):
             progress.epoch(k, row)
 
         try:
-            if keep.stage == "search":
+            genotype = None
+            if keep.stage == "search" and searches(options):
                 seed(options, k, 0)
                 supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
-                search(supernet, data, fold.train, options, log, keep)
-                keep.found_genotype(derive(supernet))
-                progress.say(f"fold {k}: found in {keep.seconds['search']:.0f} s\n{derive(supernet)}")
-            with keep.untrusted(), torch.device("meta"):  # a small one and a network of it, before a large one takes the memory
-                genotype = Genotype.from_json(keep.genotype)
-                must(all(len(cell) == options.nodes for cell in vars(genotype).values() if cell), "a genotype of another size")
-                network(options, 2, genotype)
-            write(folder / "genotype.json", keep.genotype.encode())
+                genotype = search(supernet, data, fold.train, options, log, keep)
+                keep.found_genotype(genotype)
+                progress.say(f"fold {k}: found in {keep.seconds['search']:.0f} s\n{genotype}")
+            elif keep.stage == "search":
+                keep.found_genotype(given_genotype(options) or drawn_genotype(options))
+            if keep.genotype:
+                with keep.untrusted(), torch.device("meta"):  # a small one and a network of it, before a large one takes the memory
+                    genotype = Genotype.from_json(keep.genotype)
+                    must(options.genotype or all(len(cell) == options.nodes for cell in vars(genotype).values() if cell), "a genotype of another size")
+                    network(options, 2, genotype)
+                write(folder / "genotype.json", keep.genotype.encode())
 
             seed(options, k, 1)
-            net = network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
+            net = final_network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
             epoch = train(net, data, fold.train, fold.validation, options, log, keep)
         except NotFinite as error:
             keep.save(folder / "not-finite.pt")
@@ -674,14 +814,15 @@ def fit(k, fold, data, options, folder, progress, keep):
     model = {
             "format": "emodarts-1",
             "sizes": {name: getattr(options, name) for name in NETWORK_SIZES},
-            "genotype": genotype.to_json(),
+            "model": options.model,
+            "genotype": keep.genotype,
             "classes": list(data.classes),
             "features": asdict(feature_settings(options)),
             "normalise": options.normalise,
             "statistics": None if options.normalise == "speaker" else {"mean": data.mean.cpu().T, "std": data.std.cpu().T},  # (F, 1)
             "weights": {name: t.cpu().contiguous() for name, t in net.state_dict().items()},
             "trained_on": {
-                "dataset": options.dataset, "protocol": options.protocol, "epoch": epoch,
+                "dataset": options.dataset, "protocol": options.protocol, "poison": options.poison, "epoch": epoch,
                 "speakers": speakers(data.listing, fold.train), "validation": speakers(data.listing, fold.validation),
             },
     }  # fmt: skip
@@ -689,10 +830,27 @@ def fit(k, fold, data, options, folder, progress, keep):
     return net, {
         "validation": speakers(data.listing, fold.validation),
         "epoch": epoch,
-        "genotype": json.loads(genotype.to_json()),
+        "validation_ua": next(row["val_ua"] for row in reversed(keep.rows) if (row["stage"], row["epoch"]) == ("train", epoch)),
+        "genotype": json.loads(keep.genotype or "null"),
         "parameters": sum(p.numel() for p in net.weights()),
+        "macs": macs(net, feature_settings(options).shape),
+        "peak_gb": round(peak_memory(data.device), 2),
         "seconds": {"search": round(keep.seconds["search"], 1), "training": round(keep.seconds["train"], 1)},
     }
+
+
+def searches(options):
+    return options.model == "emodarts" and options.genotype is None
+
+
+def drawn_genotype(options):
+    """The random genotype of a seed, the same one for all folds; None for the baselines."""
+    if options.model != "random":
+        return None
+    torch.manual_seed(options.seed)
+    with torch.device("meta"):
+        supernet = network(options, 2)
+    return random_genotype(supernet)
 
 
 def score(net, data, members, file):
@@ -706,7 +864,7 @@ def score(net, data, members, file):
     rows.writerow(["utterance", "label", "predicted", *data.classes])
     for i, p in zip(members, probabilities):
         u = data.listing.utterances[i]
-        rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.6f}" for v in p)])
+        rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.9g}" for v in p)])
     write(file, out.getvalue().encode(errors="surrogateescape"))
     return {"test": speakers(data.listing, members), "ua": ua(confusion), "wa": wa(confusion), "confusion": confusion.tolist()}
 
@@ -728,7 +886,7 @@ class Progress:
 
     def __init__(self, options, chosen):
         self.terminal = sys.stdout.isatty()
-        self.length = {"search": options.search_epochs, "train": options.epochs}
+        self.length = {"search": options.search_epochs if searches(options) else 0, "train": options.epochs}
         self.left = {stage: epochs * len(chosen) for stage, epochs in self.length.items()}
         self.seconds = {"search": [], "train": []}
         self.folds = chosen
@@ -752,7 +910,7 @@ class Progress:
         """Epochs left times what an epoch took; before the first training epoch half a search epoch is assumed."""
         mean = {stage: sum(s) / len(s) if s else None for stage, s in self.seconds.items()}
         mean["train"] = mean["train"] or 0.5 * mean["search"]
-        return duration(sum(max(0, self.left[stage]) * mean[stage] for stage in self.left))
+        return duration(sum(max(0, self.left[stage]) * (mean[stage] or 0) for stage in self.left))
 
     def say(self, text, passing=False):
         if self.terminal:
@@ -817,13 +975,115 @@ def estimate(options, data, parts, chosen):
         architect = Architect(supernet, F.cross_entropy, order=options.order)
         seconds = {}
         for stage, net in (("train", derived), ("search", supernet)):
-            optimizer, _ = sgd(net, options, 1, 0.0)
+            optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
             started = time.perf_counter()
             if stage == "search":
-                architect.step(batch, batch, xi=options.lr)
+                architect.step(batch, batch, xi=options.search_lr)
             weight_step(net, F.cross_entropy(net(batch[0]), batch[1]), optimizer, options.clip)
             seconds[stage] = time.perf_counter() - started
     return sum(steps[stage] * seconds[stage] for stage in steps), seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several seeds, several models, the same folds
+
+
+def compared(options, folder, plan):
+    """One row for each model of `plan`: [(model, seed)]; prints them, writes comparison.json and comparison.md."""
+    runs = {}  # model -> one array a seed of its folds' UA and WA, (folds, 2)
+    entries = {}
+    for model, number in plan:
+        place = folder / f"{model}-seed{number}"
+        with untrusted(place / "results.json", "delete its folder, and that part is run again"):
+            results = json.loads((place / "results.json").read_text())
+            entries.setdefault(model, []).append(results["folds"])
+            runs.setdefault(model, []).append(np.array([[run["ua"], run["wa"]] for run in results["folds"]]))
+    notes, first = results["notes"], plan[0][0]
+    if options.seeds > 1:  # both come with the seeds for nothing: the mean of their logits, and the choice of the validation speakers
+        runs |= {f"{first}, ensemble": [ensemble([folder / f"{first}-seed{number}" for model, number in plan if model == first], entries[first])]}
+        best = [max(seeds, key=lambda run: run["validation_ua"]) for seeds in zip(*entries[first])]
+        runs |= {f"{first}, best seed by validation": [np.array([[run["ua"], run["wa"]] for run in best])]}
+    rows, names = [], list(dict.fromkeys([first, *(name for name in runs if name.startswith(first)), *runs]))
+    for name in names:
+        values, folds_ = np.stack(runs[name]), entries.get(name)  # (seeds, folds, 2)
+        by_fold = values.mean(axis=0)  # a paired test averages the seeds of a fold first
+        row = {"model": name, "seeds": len(values)}
+        for k, metric in enumerate(("ua", "wa")):
+            row[metric] = by_fold[:, k].mean()
+            row[f"{metric}_std_folds"] = by_fold[:, k].std(ddof=1) if len(by_fold) > 1 else None
+            row[f"{metric}_std_seeds"] = values.mean(axis=1)[:, k].std(ddof=1) if len(values) > 1 else None
+        difference = by_fold[:, 0] - np.stack(runs[first]).mean(axis=0)[:, 0]
+        row["p"] = float(stats.ttest_1samp(difference, 0).pvalue) if len(difference) > 1 and difference.any() else None
+        if folds_:
+            row |= {name: float(np.mean([[run[name] for run in seed] for seed in folds_])) for name in ("validation_ua", "parameters", "macs")}
+            row |= {stage: float(np.mean([[run["seconds"][stage] for run in seed] for seed in folds_])) for stage in ("search", "training")}
+            row["peak_gb"] = max(run["peak_gb"] for seed in folds_ for run in seed)
+        rows.append({name: float(v) if isinstance(v, np.floating) else v for name, v in row.items()})
+    print("", *comparison(rows, first), *notes, sep="\n")
+    about = {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "settings": settings_of(options), **versions(), "notes": notes, "rows": rows}
+    write(folder / "comparison.json", (json.dumps(about, indent=1) + "\n").encode())
+    write(folder / "comparison.md", "\n".join([*comparison(rows, first), "", *notes, ""]).encode())
+    print(f"the same as JSON and Markdown, and all runs, are in {folder}")
+
+
+def comparison(rows, first):
+    """Lines of a Markdown table, in percent."""
+
+    def percent(row, metric):
+        spread = [f" ± {100 * row[f'{metric}_std_{of}']:.1f}" if row[f"{metric}_std_{of}"] is not None else "" for of in ("folds", "seeds")]
+        return f"{100 * row[metric]:.1f}{spread[0]}" + (f" ({spread[1][1:]})" if spread[1] else "")
+
+    heads = ["model", "seeds", "UA", "WA", "validation UA", f"p against {first}", "parameters", "MACs", "search", "training", "peak"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|---" * len(heads) + "|"
+    for row in rows:
+        cells = [row["model"], str(row["seeds"]), percent(row, "ua"), percent(row, "wa"), "", "" if row["p"] is None else f"{row['p']:.2g}"]
+        if "macs" in row:
+            cells[4] = f"{100 * row['validation_ua']:.1f}"
+            cells += [f"{row['parameters']:,.0f}", f"{row['macs'] / 1e6:,.1f} M", f"{row['search']:.0f} s", f"{row['training']:.0f} s", f"{row['peak_gb']:.2f} GB"]
+        yield "| " + " | ".join(cells + [""] * (len(heads) - len(cells))) + " |"
+    yield ""
+    yield "UA and WA in percent: mean over folds ± standard deviation over folds (± over seeds); p: paired t-test over folds, seeds averaged first"
+
+
+def ensemble(places, entries):
+    """-> UA and WA of each fold, (folds, 2), when the seeds' logits are averaged. The predictions hold probabilities: their
+    logarithms are the logits up to a constant for each utterance, which changes nothing."""
+    out = []
+    for runs in zip(*entries):
+        tables = []
+        for place, run in zip(places, runs):
+            with untrusted(place, "delete it, and that part is run again"):
+                tables.append(list(csv.DictReader(open(place / f"fold{run['fold']}" / "predictions.csv", newline="", errors="surrogateescape"))))
+        classes = list(tables[0][0])[3:]
+        labels = np.array([classes.index(row["label"]) for row in tables[0]])
+        logits = sum(np.log(np.maximum([[float(row[c]) for c in classes] for row in table], 1e-300)) for table in tables)
+        confusion = confusion_matrix(labels, logits.argmax(1), len(classes))
+        out.append([ua(confusion), wa(confusion)])
+    return np.array(out)
+
+
+@torch.no_grad()
+def macs(net, shape):
+    """Multiply-accumulates for one window (F, T): of convolutions, linear and recurrent layers; those of the others are
+    few. Recurrent layers by formula: torch's own counter sees nothing of an LSTM on a CPU."""
+    count = 0
+
+    def add(module, inputs, output):
+        nonlocal count
+        if isinstance(module, nn.Conv2d):
+            count += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            count += output[0].numel() * module.in_features
+        else:  # (1, T, D): each frame goes through each weight matrix once
+            count += inputs[0].shape[1] * sum(w.numel() for name, w in module.named_parameters() if name.startswith("weight"))
+
+    kinds = (nn.Conv2d, nn.Linear, nn.RNNBase)
+    hooks = [module.register_forward_hook(add) for module in net.modules() if isinstance(module, kinds)]
+    net.eval()(torch.zeros(1, 1, *shape, device=next(net.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,9 +1100,10 @@ def measure(options, order):
     net = network(options, 4)
     net = (net if order else network(options, 4, derive(net))).to(device, memory_format=torch.channels_last)
     batch = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device), torch.arange(options.batch, device=device) % 4
-    optimizer, architect = sgd(net, options, 1, 0.0)[0], order and Architect(net, F.cross_entropy, order=order)
+    optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
+    architect = order and Architect(net, F.cross_entropy, order=order)
     steps = {
-        "alpha": order and (lambda: architect.step(batch, batch, xi=options.lr)),
+        "alpha": order and (lambda: architect.step(batch, batch, xi=options.search_lr)),
         "weight": lambda: weight_step(net, F.cross_entropy(net(batch[0]), batch[1]), optimizer, options.clip),
         "inference": not order and (lambda: net.eval()(batch[0][:1])),
     }
@@ -874,6 +1135,14 @@ def peak_memory(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes, on macOS
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def benchmark(options):
@@ -950,9 +1219,9 @@ def finished(file, options, chosen, classes):
             must((run["ua"], run["wa"]) == (ua(confusion), wa(confusion)), "its accuracies are not those of its confusion matrix")
             names = [run["name"], *run["validation"], *run["test"], *notes]
             must(all(isinstance(name, str) for name in names) and run["trained_as"] in chosen, "not the entry of a fold")
-            numbers = (run["parameters"], run["epoch"], run["seconds"]["search"], run["seconds"]["training"])
+            numbers = (run["parameters"], run["macs"], run["peak_gb"], run["validation_ua"], run["epoch"], run["seconds"]["search"], run["seconds"]["training"])
             must(all(type(number) in (int, float) and 0 <= number < 1e15 for number in numbers), "not the entry of a fold")
-            Genotype.from_json(json.dumps(run["genotype"]))
+            must(run["genotype"] is None or Genotype.from_json(json.dumps(run["genotype"])))
     return runs, cross, notes
 
 
@@ -984,11 +1253,40 @@ def pick_device(name):
     return torch.device(name)
 
 
-def run(argv, stop, held):
+def run(argv, stop):
     options = parse(argv)
     if options.benchmark:
         return benchmark(options)
-    listing, chosen, device = check(options)
+    everything = check(options)
+    if options.compare:
+        plan = [(model, options.seed + n) for n in range(options.seeds) for model in MODELS if model != "random"]
+        plan += [("random", options.seed + n) for n in range(options.randoms)]
+    else:
+        plan = [(options.model, options.seed + n) for n in range(options.seeds)]
+    if plan == [(options.model, options.seed)]:
+        return run_one(options, everything, argv, stop)
+    folder, left = out_folder(options), list(plan)
+    while left:
+        busy = []
+        for model, number in left:
+            part = replace(options, model=model, seed=number, out=str(folder / f"{model}-seed{number}"))
+            if model != options.model:
+                part.genotype = None
+            print(f"\n{model}, seed {number}", flush=True)
+            try:
+                run_one(part, everything, argv, stop)
+            except InUse as error:
+                print(error)
+                busy.append((model, number))
+        if len(busy) == len(left):  # the same command was started twice: the two share the work
+            time.sleep(5)
+        left = busy
+    compared(options, folder, plan)
+
+
+def run_one(options, everything, argv, stop):
+    """All folds of one model with one seed, in a folder of their own."""
+    listing, chosen, device = everything
     other = None
     if options.test_dataset:
         other = features.read_corpus(options.test_dataset, options.test_root, options.classes, strict=options.strict)
@@ -1004,7 +1302,11 @@ def run(argv, stop, held):
         torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
     folder, locked = run_folder(options, settings)
-    held.enter_context(locked)
+    with locked:
+        folds_of(options, listing, other, chosen, device, folder, stop)
+
+
+def folds_of(options, listing, other, chosen, device, folder, stop):
     classes = listing.classes
     runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
     if len(runs) == len(chosen):
@@ -1029,6 +1331,8 @@ def run(argv, stop, held):
 
     data, other = data_of(listing), other and data_of(other)
     parts = features.folds(listing, data.store.bad)
+    if options.poison:
+        parts = [poisoned(part, options, data.labels) for part in parts]
     progress.say(
         f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
         f"{len({u.speaker for u in listing.utterances})} speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; "
@@ -1039,6 +1343,8 @@ def run(argv, stop, held):
         notes.append("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
     if options.normalise == "speaker":
         notes.append("normalised by each speaker's own statistics, which uses the test speakers' unlabelled audio")
+    if options.poison:
+        notes.append(f"not speaker-independent: {100 * options.poison:g} % of the test speakers' utterances were trained on")
     if data.store.bad:
         notes.append(f"{len(data.store.bad)} recordings cannot be used and were skipped; results.json names them")
     print(*notes, sep="\n", end="\n" * bool(notes))
@@ -1083,8 +1389,7 @@ def main(argv=None):
     stop = Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with ExitStack() as held:  # the lock
-            run(argv, stop, held)
+        run(argv, stop)
         return 0
     except Stopped as stopped:
         command = shlex.join(["python", "train.py", *argv])

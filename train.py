@@ -398,6 +398,16 @@ def must(true, otherwise="not the contents expected"):
         raise ValueError(otherwise)
 
 
+def loaded(file):
+    """What torch.save wrote, read without executing anything."""
+    with open(file, "rb") as raw, zipfile.ZipFile(raw) as archive:
+        inside = archive.infolist()
+        raw.seek(0)  # torch.load takes what begins otherwise for an older format, which trusts the lengths that it is told
+        must(raw.read(4) == b"PK\3\4" and all(entry.compress_type == zipfile.ZIP_STORED for entry in inside), "not written by torch.save")
+        must(sum(entry.file_size for entry in inside) <= file.stat().st_size and archive.testzip() is None, "changed or cut off")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def alike(found, expected):
     """Whether what a file holds has the form of `expected`: types, names, lengths, shapes."""
     if isinstance(expected, torch.Tensor):
@@ -451,12 +461,7 @@ class Keeper:
 
     def read(self):
         """What needs no network is checked here, the rest in `restore`."""
-        with open(self.file, "rb") as raw, zipfile.ZipFile(raw) as archive:
-            inside = archive.infolist()
-            raw.seek(0)  # torch.load takes what begins otherwise for an older format, which trusts the lengths that it is told
-            must(raw.read(4) == b"PK\3\4" and all(entry.compress_type == zipfile.ZIP_STORED for entry in inside), "no checkpoint")
-            must(sum(entry.file_size for entry in inside) <= self.file.stat().st_size and archive.testzip() is None, "changed or cut off")
-        found, mine = torch.load(self.file, map_location="cpu", weights_only=True), self.state()
+        found, mine = loaded(self.file), self.state()
         must(type(found) is dict and found.keys() == mine.keys())
         must(found["run"] == self.run, "of another run or fold")
         must(all(alike(found[name], mine[name]) for name in ("stage", "genotype", "epoch", "step", "sums", "best", "seconds")))
@@ -623,8 +628,8 @@ def entropy(net):
 
 
 def fit(k, fold, data, options, folder, progress, keep):
-    """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json, log.csv and model.pt.
-    -> (the network, what results.json says of it)."""
+    """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json and log.csv.
+    -> (the network, what model.pt holds, what results.json says of it)."""
     data.standardise_by(fold.train)
     with open(folder / "log.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS)
@@ -680,8 +685,7 @@ def fit(k, fold, data, options, folder, progress, keep):
                 "speakers": speakers(data.listing, fold.train), "validation": speakers(data.listing, fold.validation),
             },
     }  # fmt: skip
-    write(folder / "model.pt", lambda out: torch.save(model, out))
-    return net, {
+    return net, model, {
         "validation": speakers(data.listing, fold.validation),
         "epoch": epoch,
         "genotype": json.loads(genotype.to_json()),
@@ -977,13 +981,17 @@ def run(argv, stop, held):
         if first != trained:
             (folder / f"fold{first}").mkdir(exist_ok=True)
             keep = Keeper(device, f"{key_of(options)}, fold {first}", folder / f"fold{first}" / "checkpoint.pt", stop)
-            net, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
+            net, model, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
             about["trained_as"], trained = first, first
         place = folder / f"fold{k}"
         place.mkdir(exist_ok=True)
         # Everything is chosen: the test speakers are scored, once.
         runs.append({"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
         results.update(summary(runs), folds=runs)
+        model["version"] = {name: str(settings[name]) for name in ("commit", "python", "torch", "torchaudio")}
+        tests = [run for run in runs if run["trained_as"] == first]
+        model["test"] = [{"name": t["name"], "utterances": int(np.sum(t["confusion"])), "ua": t["ua"], "wa": t["wa"]} for t in tests]
+        write(folder / f"fold{first}" / "model.pt", lambda out: torch.save(model, out))
         if other:
             other.standardise_like(data)
             members = [i for i in range(len(other.labels)) if i not in other.store.bad]

@@ -832,8 +832,9 @@ def lengths(listing, window):
         try:
             with open(u.path, "rb") if os.path.isfile(u.path) else io.BytesIO() as file:
                 head = file.read(4096)
-            at = head.index(b"fmt ") + 16  # where bytes per second stand
-            seconds[i] = (os.path.getsize(u.path) - 44) / int.from_bytes(head[at : at + 4], "little")
+            rate, data = head.index(b"fmt ") + 16, head.index(b"data") + 4  # where bytes per second and the length of the sound stand
+            rate, length = (int.from_bytes(head[at : at + 4], "little") for at in (rate, data))
+            seconds[i] = min(length, os.path.getsize(u.path) - data - 4) / rate
         except (OSError, ValueError, ZeroDivisionError):
             pass  # what is wrong with it is said when it is read
     return np.ceil(seconds / window).clip(min=1).astype(int), seconds
@@ -847,8 +848,8 @@ def peak_memory(device):
 
 
 def estimate(options, windows, parts, chosen, classes, device, patience):
-    """One step of each kind with noise of the real size, again and again until `patience` seconds are over, as the first
-    steps are slower. -> seconds that the chosen folds will take, {kind: (steps, seconds of one)}, peak memory so far."""
+    """One step of each kind with noise of the real size, again and again until `patience` seconds are over; the fastest
+    counts, as the first ones are slower. -> seconds that the chosen folds will take, {kind: (steps, seconds of one)}, peak memory so far."""
     steps = {"training": 0, "validation": 0, "search": 0}
     # MSP-Podcast's folds have one training in common.
     for train, validation in {(tuple(parts[k].train), tuple(parts[k].validation)) for k in chosen}:
@@ -885,7 +886,7 @@ def estimate(options, windows, parts, chosen, classes, device, patience):
                 step()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                seconds[stage] = time.perf_counter() - started
+                seconds[stage] = min(seconds.get(stage, math.inf), time.perf_counter() - started)
     return sum(steps[stage] * seconds[stage] for stage in steps), {stage: (steps[stage], seconds[stage]) for stage in steps}, peak_memory(device)
 
 
@@ -921,7 +922,7 @@ def outlook(options, listing, parts, chosen, device, patience):
 
 
 def dry_run(options, listing, parts, chosen, device):
-    print(*outlook(options, listing, parts, chosen, device, patience=2), sep="\n")
+    print(*outlook(options, listing, parts, chosen, device, patience=1), sep="\n")
     print(*(line for k, line in enumerate(features.describe_folds(listing, parts)) if k in chosen), sep="\n")
     print(f"a dry run: nothing was written; the run itself writes to {out_folder(options)}")
 
@@ -987,11 +988,13 @@ def write_report(folder):
         settings = json.loads((folder / "settings.json").read_text())
         options, command = dict(settings.pop("options")), str(settings.pop("command"))
         candidates = {"normal": 7, "reduce": 7, "seq": len(SEQ_SPACES[options["seq_space"]]) - 1}
-    with untrusted(folder / "results.json", "move it away, and the run starts anew"):
+    damaged = "move it away, and the run starts anew"
+    with untrusted(folder / "results.json", damaged):
         results = json.loads((folder / "results.json").read_text())
         runs, classes, whole = results["folds"], list(map(plain, results["classes"])), summary(results["folds"])
-        trained = [run for run in runs if run["trained_as"] == run["fold"]]
-        counts = {}
+        trained, counts = [run for run in runs if run["trained_as"] == run["fold"]], {}
+    curves = read_curves(folder, [run["fold"] for run in trained])
+    with untrusted(folder / "results.json", damaged):
         for run in trained:
             counts.setdefault(json.dumps(run["genotype"]), []).append(run["fold"])
 
@@ -1029,7 +1032,6 @@ def write_report(folder):
         skips = [[k, *(f"{ops.count('skip_connect')} of {len(ops)}" for ops in cells)] for k, cells in chosen]
         text += ["### Skip connections", "A search that collapses chooses `skip_connect` nearly everywhere. Edges that are one, in each cell:",
                  grid(["fold", *kinds], skips), "## How much the folds agree"]  # fmt: skip
-        curves = read_curves(folder, [run["fold"] for run in trained])
         if ("search", "entropy") in curves:
             last = curves["search", "entropy"][-1]
             text.append(f"Entropy of the alphas at the end of the search, as a share of the largest possible (1: undecided, 0: decided): "
@@ -1037,7 +1039,7 @@ def write_report(folder):
         text.append(f"In how many of {len(trained)} searches, in percent, an edge was kept, and with which operation. A node keeps two of its edges.")
         for kind in kinds:
             seen = agreement([run["genotype"][kind] for run in trained])
-            ops = sorted({op for found in seen.values() for op in found}, key=lambda op: -sum(found.get(op, 0) for found in seen.values()))
+            ops = sorted({op for found in seen.values() for op in found}, key=lambda op: (-sum(found.get(op, 0) for found in seen.values()), op))
             rows = {f"`{op}`": [100 * found.get(op, 0) / len(trained) for found in seen.values()] for op in ops}
             rows |= {"**any: kept**": [100 * sum(found.values()) / len(trained) for found in seen.values()]}
             rows |= {"kept by chance": [200 / i for _, i in seen], "each by chance": [200 / i / candidates[kind] for _, i in seen]}
@@ -1085,6 +1087,7 @@ def read_model(file):
         must(statistics is None or alike(statistics, dict.fromkeys(("mean", "std"), torch.empty(settings.coefficients, 1))))
         must(statistics is None or statistics["mean"].isfinite().all() and (statistics["std"] > 0).all(), "its statistics are none")
         must((statistics is None) == (model["normalise"] == "speaker"))
+        model["features"] = asdict(settings)
         model["net"] = net.to_empty(device="cpu").eval()
         net.load_state_dict(model["weights"])
         model["said"] = list(describe_model(model))
@@ -1114,7 +1117,7 @@ def describe_model(model):
         yield f"  test      {test['name']}: UA {100 * test['ua']:.1f}, WA {100 * test['wa']:.1f} of {int(test['utterances'])} utterances"
     yield f"  classes   {', '.join(model['classes'])}"
     yield f"  hears     {heard.coefficients} {heard.kind}, windows of {heard.window:g} s, padding {heard.padding}, statistics: {model['normalise']}"
-    yield f"  weights   {sum(p.numel() for p in model['net'].parameters()):,}; {', '.join(f'{name} {v}' for name, v in version.items()) or 'version unknown'}"
+    yield f"  weights   {sum(p.numel() for p in model['net'].parameters()):,}; {', '.join(f'{name} {v}' for name, v in version.items() if v) or 'version unknown'}"
     yield from ("  " + line for line in str(Genotype.from_json(model["genotype"])).splitlines())
 
 

@@ -899,7 +899,7 @@ def outlook(options, listing, parts, chosen, device, patience):
     )
     sizes = {side: [len(getattr(parts[k], side)) for k in chosen] for side in ("train", "validation", "test")}
     sides = (f"{side} {min(n)}" + f" to {max(n)}" * (min(n) < max(n)) for side, n in sizes.items())
-    yield f"folds     {len(chosen)} of {len(parts)} at {options.scale} scale, utterances of each: {', '.join(sides)}"
+    yield f"folds     {len(chosen)} of {len(parts)} at {options.scale} scale, utterances of each: {', '.join(sides)}; into {out_folder(options)}"
     with torch.device("meta"):
         net = network(options, len(listing.classes))
     cnn, seq, every = (sum(p.numel() for p in part) for part in (net.cnn.parameters(), net.seq.parameters(), net.weights()))
@@ -924,7 +924,7 @@ def outlook(options, listing, parts, chosen, device, patience):
 def dry_run(options, listing, parts, chosen, device):
     print(*outlook(options, listing, parts, chosen, device, patience=1), sep="\n")
     print(*(line for k, line in enumerate(features.describe_folds(listing, parts)) if k in chosen), sep="\n")
-    print(f"a dry run: nothing was written; the run itself writes to {out_folder(options)}")
+    print("a dry run: nothing was written")
 
 
 # report.md: made of results.json, settings.json and log.csv, of nothing else

@@ -1532,6 +1532,16 @@ def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsy
     assert "--recompute" in out and "--folds 0" in out and "--nodes 1" in out and "--seq-space" not in out and "--order" not in out
 
 
+def test_paper_scale_without_a_gpu_is_warned_of_and_counts_as_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "estimate", lambda *args: (7 * 3600, {"search": (1, 60.0), "training": (1, 9.0)}, None))
+    assert train.main("--scale paper --seq-space lstm --dry-run --device cpu --order 2".split()) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: paper scale without a GPU") and err.count("\n") == 1
+    assert "74,319,852 weights: CNN cells (4) 345,312," in out and "about 7.0 h on cpu" in out and "peak memory unknown" in out
+    assert "both: --stem-stride 2, --order 1, --nodes 3, --channels 4" in out
+
+
 @pytest.mark.parametrize("kind, bits", [(1, 8), (1, 24), (3, 64)])
 @pytest.mark.parametrize("extra", [False, True])
 def test_windows_are_counted_from_the_header(tmp_path, kind, bits, extra):

@@ -147,7 +147,8 @@ def parse(argv):
         elif about["kind"] is list:
             group.add_argument(flag, nargs="+", metavar="CLIP", help=text)
         else:
-            group.add_argument(flag, dest=f.name, type=about["kind"], choices=about["choices"], default=f.default, help=text)
+            metavar = None if about["choices"] else f.name.strip("_").upper()
+            group.add_argument(flag, dest=f.name, type=about["kind"], choices=about["choices"], default=f.default, metavar=metavar, help=text)
     options = Options(**vars(parser.parse_args(argv)))
     options.scale = options.scale or CORPORA[options.dataset].scale
     options.folds = options.folds or CORPORA[options.dataset].folds
@@ -907,8 +908,6 @@ def outlook(options, listing, parts, chosen, device, patience):
         f"supernet  {every:,} weights: CNN cells ({options.cnn_cells}) {cnn:,}, SeqNN cells ({options.seq_cells}) {seq:,}, the rest {every - cnn - seq:,}; "
         f"{sum(a.numel() for a in net.alphas())} alphas"
     )
-    if options.scale == "paper" and device.type == "cpu":
-        print("warning: paper scale on a machine without a GPU; measuring a step may take minutes", file=sys.stderr, flush=True)
     total, steps, peak = estimate(options, windows, parts, chosen, len(listing.classes), device, patience)
     kinds = ", ".join(f"{steps[stage][0]:,} {stage} steps of {steps[stage][1]:.2g} s" for stage in ("search", "training"))
     yield f"cost      about {duration(total)} on {device} ({kinds}); peak memory {f'about {peak / 1e9:.1f} GB' if peak else 'unknown'}"
@@ -922,7 +921,8 @@ def outlook(options, listing, parts, chosen, device, patience):
 
 
 def dry_run(options, listing, parts, chosen, device):
-    print(*outlook(options, listing, parts, chosen, device, patience=1), sep="\n")
+    for line in outlook(options, listing, parts, chosen, device, patience=1):
+        print(line, flush=True)
     print(*(line for k, line in enumerate(features.describe_folds(listing, parts)) if k in chosen), sep="\n")
     print("a dry run: nothing was written")
 
@@ -1281,6 +1281,8 @@ def run(argv, stop, held):
     if options.dry_run and options.dataset == "smoke":  # which is generated where it is not there
         options.root = options.root or held.enter_context(tempfile.TemporaryDirectory())
     listing, chosen, device = check(options)
+    if options.scale == "paper" and device.type == "cpu":
+        print("warning: paper scale without a GPU; one step may take minutes, and the run weeks", file=sys.stderr, flush=True)
     if options.dry_run:
         return dry_run(options, listing, features.folds(listing), chosen, device)
     other = None
@@ -1314,8 +1316,8 @@ def run(argv, stop, held):
         print(f"writes at least {maps / 1e6:,.0f} MB of features to {options.cache}, unless they are there, and to {folder} checkpoints of "
               f"{checkpoint / 1e6:,.0f} MB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free")  # fmt: skip
 
-    if not options.quiet:
-        print(*outlook(options, listing, features.folds(listing), chosen[len(runs) :], device, patience=0.1), sep="\n", flush=True)
+    for line in outlook(options, listing, features.folds(listing), chosen[len(runs) :], device, patience=0.1) if not options.quiet else ():
+        print(line, flush=True)
 
     def data_of(listing):
         store = features.load(

@@ -1327,9 +1327,11 @@ def test_predict_gives_what_the_test_gave(finished, monkeypatch, capsys):
     lines = [line for line in out.splitlines() if line.startswith("data")]
     long = 0
     for name, clip, line, a, b in zip(rows, first["clips"], lines, second["clips"], both["clips"]):
-        p, q, mean = ([c["probabilities"][name] for name in features.CLASSES] for c in (clip, a, b))
+        for answers in ((clip, a, b), *zip(clip["windows"], a["windows"], b["windows"])):
+            p, q, mean = ([c["probabilities"][name] for name in features.CLASSES] for c in answers)
+            np.testing.assert_allclose(mean, np.add(p, q) / 2, atol=1e-12)
+        p = [clip["probabilities"][name] for name in features.CLASSES]
         np.testing.assert_allclose(p, rows[name], atol=2e-6)
-        np.testing.assert_allclose(mean, np.add(p, q) / 2, atol=1e-12)
         assert clip["path"] == f"data/smoke/{name}" and line.split()[:2] == [clip["path"], clip["label"]]
         assert [float(v) for v in re.findall(r"0\.\d{3}|1\.000", line.split(clip["label"], 1)[1])] == [round(v, 3) for v in p]
         assert clip["label"] == features.CLASSES[np.argmax(p)]

@@ -750,6 +750,15 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def describe_folds(listing, parts):
+    for k, fold in enumerate(parts):
+        sides = (
+            f"{side} {listed(sorted({listing.utterances[i].speaker for i in members}))} ({len(members)})"
+            for side, members in (("test", fold.test), ("validation", fold.validation))
+        )
+        yield f"fold {k:<4}  holds out {fold.name}: {', '.join(sides)}, training {len(fold.train)}"
+
+
 def describe(listing, parts, store):
     """The lines that `python features.py` prints."""
     counts = Counter(u.label for u in listing.utterances)
@@ -764,12 +773,7 @@ def describe(listing, parts, store):
     yield f"speakers  {len(speakers)}: {listed(speakers, 24)}"
     if unknown:
         yield f"unknown   {unknown} utterances of speakers that are not told apart, on whatever sides they are"
-    for k, fold in enumerate(parts):
-        sides = (
-            f"{side} {listed(sorted({listing.utterances[i].speaker for i in members}))} ({len(members)})"
-            for side, members in (("test", fold.test), ("validation", fold.validation))
-        )
-        yield f"fold {k:<4}  holds out {fold.name}: {', '.join(sides)}, training {len(fold.train)}"
+    yield from describe_folds(listing, parts)
     if store.bad:
         yield f"skipped   {len(store.bad)} recordings that cannot be used:"
         yield from (f"  {why}" for why in store.bad.values())

@@ -1421,6 +1421,8 @@ def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monk
     assert (test1["name"], test2["name"]) == ("test1", "test2") and test1["trained_as"] == test2["trained_as"] == 0
     assert test1["genotype"] == test2["genotype"] and results["ua"] == {"mean": None, "std": None, "pooled": None}
     assert (tmp_path / "run" / "fold0" / "model.pt").exists() and not (tmp_path / "run" / "fold1" / "model.pt").exists()
+    tests = torch.load(tmp_path / "run" / "fold0" / "model.pt", weights_only=True)["test"]
+    assert [(test["name"], test["ua"], test["wa"]) for test in tests] == [(fold["name"], fold["ua"], fold["wa"]) for fold in results["folds"]]
 
 
 def test_a_bad_recording_stops_the_run_before_training_or_is_named_in_the_results(tmp_path, monkeypatch, capsys):
@@ -1524,6 +1526,286 @@ def test_ci_runs_readmes_two_commands():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# For people
+
+
+def said(capsys, *arguments, code=0):
+    assert train.main([*map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    return out if code == 0 else err
+
+
+def predictions(file):
+    return {row["utterance"]: [float(row[c]) for c in features.CLASSES] for row in csv.DictReader(open(file))}
+
+
+def test_predict_gives_what_the_test_gave(finished, monkeypatch, capsys):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    rows = predictions("one/fold0/predictions.csv")
+    clips = [f"data/smoke/{name}" for name in rows]
+    out = said(capsys, "--predict", *clips, "--from", "one/fold0/model.pt", "--json", "first.json")
+    first = json.loads(Path("first.json").read_text())
+    second = json.loads(said(capsys, "--predict", *clips, "--from", "one/fold1", "--json", "-"))
+    both = json.loads(said(capsys, "--predict", *clips, "--from", "one", "--json", "-"))
+    assert (first["models"], second["models"], both["models"]) == (1, 1, 2) and both["classes"] == list(features.CLASSES)
+    lines = [line for line in out.splitlines() if line.startswith("data")]
+    long = 0
+    for name, clip, line, a, b in zip(rows, first["clips"], lines, second["clips"], both["clips"]):
+        for answers in ((clip, a, b), *zip(clip["windows"], a["windows"], b["windows"])):
+            p, q, mean = ([c["probabilities"][name] for name in features.CLASSES] for c in answers)
+            np.testing.assert_allclose(mean, np.add(p, q) / 2, atol=1e-12)
+        p = [clip["probabilities"][name] for name in features.CLASSES]
+        np.testing.assert_allclose(p, rows[name], atol=2e-6)
+        assert clip["path"] == f"data/smoke/{name}" and line.split()[:2] == [clip["path"], clip["label"]]
+        assert [float(v) for v in re.findall(r"0\.\d{3}|1\.000", line.split(clip["label"], 1)[1])] == [round(v, 3) for v in p]
+        assert clip["label"] == features.CLASSES[np.argmax(p)]
+        length = wavfile.read(clip["path"])[1].size / 16000
+        times = [(w["start"], w["end"]) for w in clip["windows"]]
+        np.testing.assert_allclose(times, [(0, min(2, length))] + [(length - 2, length)] * (length > 2), atol=1e-9)
+        assert clip["seconds"] == pytest.approx(length)
+        long += length > 2
+    assert 0 < long < 28 and len(out.splitlines()) == 28 + 2 * long
+    # A window of a long clip is heard as the same sound alone is.
+    clip = next(clip for clip in first["clips"] if clip["seconds"] > 2.1)
+    wavfile.write("end.wav", 16000, wavfile.read(clip["path"])[1][-32000:])
+    alone = json.loads(said(capsys, "--predict", "end.wav", "--from", "one/fold0/model.pt", "--json", "-"))["clips"][0]
+    assert alone["probabilities"] == pytest.approx(clip["windows"][1]["probabilities"], abs=1e-6)
+
+
+def remade(change, source="one/fold0/model.pt", file="changed.pt"):
+    model = torch.load(source, weights_only=True)
+    change(model)
+    torch.save(model, file)
+    return file
+
+
+def test_a_model_without_statistics_takes_those_of_the_clips(finished, monkeypatch, capsys):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    remade(lambda model: (model.update(statistics=None, normalise="speaker"), model["features"].pop("kind")))  # older models have no kind
+    clips = sorted(map(str, Path("data/smoke/wav").glob("05*.wav")))
+    assert train.main(["--predict", *clips, "--from", "changed.pt", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert "28 clips are taken as one speaker's" in err and err.count("\n") == 1
+    model = torch.load("changed.pt", weights_only=True)
+    net = Network(classes=4, genotype=Genotype.from_json(model["genotype"]), **model["sizes"])
+    net.load_state_dict(model["weights"])
+    transform = features.transform(Settings(40, 2.0))
+    maps = [torch.stack([transform(torch.from_numpy(w)) for w in features.windows(features.read_wav(clip), Settings(40, 2.0))]) for clip in clips]
+    every = torch.cat(maps).numpy().astype(np.float64)
+    for x, clip in zip(maps, json.loads(out)["clips"]):
+        x = (x.numpy() - every.mean((0, 2))[:, None]) / every.std((0, 2))[:, None]
+        with torch.no_grad():
+            p = net.eval()(torch.from_numpy(x).float()[:, None]).mean(0).softmax(0)
+        np.testing.assert_allclose(p, list(clip["probabilities"].values()), atol=2e-3)  # as the features are rounded to float16
+
+
+def test_the_model_says_what_it_is(finished, monkeypatch, capsys):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    out, results = said(capsys, "--from", "one"), json.loads(Path("one/results.json").read_text())
+    assert re.findall(r"^one/.*", out, re.MULTILINE) == ["one/fold0/model.pt", "one/fold1/model.pt"]
+    for fold, text in zip(results["folds"], out.split("one/fold")[1:]):
+        rows = list(csv.DictReader(open(f"one/fold{fold['fold']}/predictions.csv")))
+        recalls = [np.mean([r["predicted"] == c for r in rows if r["label"] == c]) for c in features.CLASSES]
+        assert f"{fold['name']}: UA {100 * np.mean(recalls):.1f}, WA {100 * np.mean([r['predicted'] == r['label'] for r in rows]):.1f} of 28" in text
+        assert f"torch {torch.__version__}" in text and "angry, happy, neutral, sad" in text and "smoke, protocol standard" in text
+        assert f"{fold['parameters']:,}" in text and "40 mfcc, windows of 2 s" in text
+        for kind, cell in fold["genotype"].items():
+            assert all(f"{op}({j})" in text.split(f"{kind} cell")[1].split("output =")[0] for node in cell for op, j in node)
+
+
+def test_models_and_clips_that_cannot_be_used_are_one_clear_line(finished, monkeypatch, capsys):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    clip, good = "data/smoke/wav/03a01Fa.wav", Path("one/fold0/model.pt").read_bytes()
+    weights = torch.load("one/fold0/model.pt", weights_only=True)["weights"]
+    nan = {name: t * math.nan if t.is_floating_point() else t for name, t in weights.items()}
+    other = Network(**SMALL, genotype=random_genotype()).state_dict()
+    for name, change in {
+        "code": dict(classes=Evil()), "format": dict(format="emodarts-9"), "classes": dict(classes=["a", "b"]), "escape": dict(classes=["a", "b", "c", "\x1b[2J"]),
+        "weights": dict(weights=other), "nan": dict(weights=nan),
+        "genotype": dict(genotype='{"seq": [[["lstm_9", 0]]]}'), "large genotype": dict(genotype=json.dumps(dict.fromkeys(("reduce", "normal", "seq"), [NODE] * 2000))),
+        "huge": dict(sizes={**SMALL, "dropout": 0.3, "cnn_cells": 10**9}), "wide": dict(sizes={**SMALL, "dropout": 0.3, "channels": 10**12}),
+        "window": dict(features={"coefficients": 40, "window": 1e9}), "kind": dict(features={"coefficients": 40, "kind": "raw"}),
+        "new": dict(features={"coefficients": 40, "pitch": 1}), "fraction": dict(features={"coefficients": 40.0}),
+        "statistics": dict(statistics={"mean": torch.zeros(40, 1), "std": torch.zeros(40, 1)}), "no statistics": dict(statistics=None),
+        "tests": dict(test=[{"name": "a", "ua": "b"}]), "trained": dict(trained_on=None), "list": None,
+    }.items():  # fmt: skip
+        file = Path(remade(lambda model: model.clear() if change is None else model.update(change), file=f"{name}.pt"))
+        started = time.perf_counter()
+        for arguments in (("--from", file), ("--from", file, "--predict", clip)):
+            err = said(capsys, *arguments, code=2)
+            assert err.startswith(f"error: {file} is damaged") and err.count("\n") == 1 and "name a run folder" in err and "\x1b" not in err, err
+        assert time.perf_counter() - started < 5, name
+    for name, content in {"cut": good[:-1000], "flipped": good[:3000] + b"x" + good[3001:], "text": b"hello", "pickle": pickle.dumps(Evil())}.items():
+        Path(name).write_bytes(content)
+        err = said(capsys, "--predict", clip, "--from", name, code=2)
+        assert err.startswith(f"error: {name} is damaged") and err.count("\n") == 1, err
+    assert not Path("executed").exists()
+    Path("mixed/fold0").mkdir(parents=True)
+    Path("mixed/fold1").mkdir()
+    Path("mixed/fold0/model.pt").write_bytes(good)
+    remade(lambda model: model.update(classes=model["classes"][::-1]), file="mixed/fold1/model.pt")
+    for arguments, says in (
+        (("--from", "nowhere"), "nowhere, where no model is; expected a run folder"), (("--from", "data"), "where no model is"),
+        (("--from", "mixed", "--predict", clip), "differ in their classes"), (("--predict", clip), "--predict CLIP ... needs --from RUN"),
+        (("--from", "one", "--json", "a"), "--json goes with both"), (("--from", "one", "--predict", "nowhere.wav"), "nowhere.wav: no such file"),
+        (("--from", "one", "--predict", "text"), "text: not a readable wav"), (("--from", "one", "--predict", clip, "--json", "no/where"), "No such file"),
+    ):  # fmt: skip
+        err = said(capsys, *arguments, code=2)
+        assert err.startswith("error: ") and says in err and err.count("\n") == 1, err
+    err = said(capsys, "--from", "one", "--predict", "text", clip, "nowhere.wav", code=2)  # all of them at once
+    assert "2 of 3 clips" in err and "text" in err and "nowhere.wav" in err
+
+
+def test_agreement_by_hand():
+    cells = [
+        [[["lstm_1", 0], ["lstm_2", 1]], [["rnn_1", 0], ["rnn_1", 2]]],
+        [[["lstm_1", 0], ["lstm_1", 1]], [["rnn_2", 0], ["rnn_1", 1]]],
+        [[["lstm_1", 0], ["lstm_2", 1]], [["rnn_1", 0], ["rnn_1", 1]]],
+    ]
+    assert train.agreement(cells) == {
+        (0, 2): {"lstm_1": 3}, (1, 2): {"lstm_1": 1, "lstm_2": 2}, (0, 3): {"rnn_1": 2, "rnn_2": 1}, (1, 3): {"rnn_1": 2}, (2, 3): {"rnn_1": 1},
+    }  # fmt: skip
+
+
+def test_the_report_shows_what_was_found(finished, tmp_path):
+    """Graphs are parsed back; tables and curves are compared with the files that they are made of."""
+    cwd, _ = finished
+    folder, settings = tmp_path / "run", json.loads((cwd / "one" / "settings.json").read_text())
+    assert (cwd / "one" / "report.md").exists()
+    results = json.loads((cwd / "one" / "results.json").read_text())
+    found = [fold["genotype"] for fold in results["folds"]]
+    skips = {kind: [[["skip_connect", 0], ["skip_connect", 1]]] for kind in found[0]}
+    results["folds"] = [{**results["folds"][k], "fold": n, "trained_as": n, "genotype": g} for n, (k, g) in enumerate([(0, found[0]), (1, skips), (1, skips)])]
+    results["classes"][0] = "an|gry<script>"
+    folder.mkdir()
+    for n, k in enumerate((0, 1, 1)):
+        (folder / f"fold{n}").mkdir()
+        (folder / f"fold{n}" / "log.csv").write_bytes((cwd / "one" / f"fold{k}" / "log.csv").read_bytes())
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "results.json").write_text(json.dumps(results))
+    train.write_report(folder)
+    text = (folder / "report.md").read_text()
+    graphs, open_part = re.findall(r"```mermaid\n(graph LR.*?)```", text, re.DOTALL), text.split("<details>")[0]
+    cells = [(re.search(r"(\w+): input 0", g)[1], {(int(j), int(i), op) for j, op, i in re.findall(r'^ *s(\d+) -->\|"(\w+)"\| s(\d+)$', g, re.M)}) for g in graphs]
+    expected = [(kind, {(j, i, op) for i, node in enumerate(cell, 2) for op, j in node}) for g in (skips, found[0]) for kind, cell in g.items()]
+    assert cells == expected and open_part.count("graph LR") == len(skips) and "folds 1, 2" in open_part  # the most frequent one stands first and open
+    assert all(set(re.findall(r"s(\d+) --> out", g)) == {"2"} for g in graphs)
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    for fold in results["folds"]:
+        assert [str(fold["fold"]), fold["name"], fold["validation"][0], "28", f"{100 * fold['ua']:.1f}", f"{100 * fold['wa']:.1f}"] in rows
+    pooled = sum(np.array(fold["confusion"]) for fold in results["folds"])
+    assert ["**sad**", *map(str, pooled[3]), f"{100 * pooled[3, 3] / pooled[3].sum():.1f}"] in rows
+    assert ["1", *["2 of 2"] * len(skips)] in rows and "<script>" not in text and r"an\|gry\<script\>" in text
+    assert text.count("| **any: kept** | 100 | 100 |\n| kept by chance | 100 | 100 |") == len(skips)
+    for kind in skips:
+        table = text.split(f"### {kind} cell")[1].split("**any")[0]
+        skipped = [1 + 1 + (found[0][kind][0][j][0] == "skip_connect") for j in (0, 1)]
+        assert f"| `skip_connect` | {100 * skipped[0] / 3:.0f} | {100 * skipped[1] / 3:.0f} |" in table
+    logs = [[row for row in csv.DictReader(open(folder / f"fold{n}" / "log.csv"))] for n in range(3)]
+    (points,) = re.findall(r"UA of the validation.*?line \[(.*?)\]", text, re.DOTALL)
+    means = [100 * np.mean([float(log[1 + epoch]["val_ua"]) for log in logs]) for epoch in (0, 1)]
+    assert [float(v) for v in points.split(", ")] == pytest.approx(means, rel=1e-3)
+    assert f"mean {np.mean([float(log[0]['entropy']) for log in logs]):.5f}" in text
+    assert "    " + settings["command"] in text and all(f"| {train.plain(name)} |" in text for name in settings["options"])
+    seconds = results["folds"][0]["seconds"]
+    assert ["0", f"{results['folds'][0]['parameters']:,}", f"{seconds['search']:,.0f}", f"{seconds['training']:,.0f}"] in rows
+    (folder / "fold0" / "log.csv").write_text("stage,loss\nsearch,x\n")
+    with pytest.raises(InputError, match="log.csv is damaged.*delete it, and the report goes without it"):
+        train.write_report(folder)
+
+
+def test_a_finished_run_writes_its_report_again(finished, monkeypatch, capsys):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    before = Path("one/report.md").read_bytes()
+    Path("one/report.md").unlink()
+    argv = json.loads(Path("one/settings.json").read_text())["command"].split()[2:]
+    loud = said(capsys, *argv).splitlines()
+    assert Path("one/report.md").read_bytes() == before
+    assert said(capsys, *argv, "--quiet").splitlines() == loud[1:] and loud[0].startswith("one is finished")
+
+
+def test_a_quiet_run_prints_its_results_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --seq-cells 0 --stem-stride 4 --search-epochs 1 --epochs 1 --window 0.5 --folds 0"
+    lines = said(capsys, *sizes.split(), "--quiet", "--out", "run").splitlines()
+    assert lines[0] == "smoke, protocol standard" and lines[1].startswith("fold ") and lines[2].startswith("0 ") and len(lines) == 8, lines
+
+
+def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(channels=3, cnn_cells=3, seq_cells=2, nodes=2, stem_stride=4)
+    argv = [word for name, size in sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
+    state = torch.get_rng_state()
+    out = said(capsys, *argv, *"--dry-run --window 1 --seq-space rnn --search-epochs 3 --epochs 5 --folds 1,2 --batch 8".split())
+    assert not list(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
+    counts = Counter()
+    for name, p in Network(**sizes, seq_space="rnn").named_parameters():
+        counts[name.split(".")[0]] += p.numel()
+    rest = counts["stem"] + counts["head"]
+    assert f"{sum(counts.values()) - counts['alpha']:,} weights: CNN cells (3) {counts['cnn']:,}, SeqNN cells (2) {counts['seq']:,}, the rest {rest:,}" in out
+    listing = read_corpus("smoke", "elsewhere")
+    store = load(listing, Settings(40, 1.0), cache="cache")
+    parts, windows = folds(listing), np.diff(store.first)
+    assert f"{len(store.features)} windows of 1 s, 6 speakers" in out and f"{store.seconds.sum() / 60:.1f} minutes" in out
+    search = sum(3 * math.ceil(windows[parts[k].train[0::2]].sum() / 8) for k in (1, 2))
+    training = sum(5 * math.ceil(windows[parts[k].train].sum() / 8) for k in (1, 2))
+    assert f"{search:,} search steps" in out and f"{training:,} training steps" in out
+    total, (a, b) = re.search(r"about (\d+) s on cpu", out)[1], re.findall(r"steps of (\S+) s", out)
+    assert 0.8 * (search * float(a) + training * float(b)) - 1 < float(total) < 2 * (search * float(a) + training * float(b)) + 1
+    assert re.findall(r"^fold (\d)", out, re.M) == ["1", "2"] and "test 04 (28), validation 05 (28), training 112" in out
+    assert "--recompute" in out and "--folds 0" in out and "--nodes 1" in out and "--seq-space" not in out and "--order" not in out
+
+
+def test_paper_scale_without_a_gpu_is_warned_of_and_counts_as_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "estimate", lambda *args: (7 * 3600, {"search": (1, 60.0), "training": (1, 9.0)}, None))
+    assert train.main("--scale paper --seq-space lstm --dry-run --device cpu --order 2".split()) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: paper scale without a GPU") and err.count("\n") == 1
+    assert "74,319,852 weights: CNN cells (4) 345,312," in out and "about 7.0 h on cpu" in out and "peak memory unknown" in out
+    assert "both: --stem-stride 2, --order 1, --nodes 3, --channels 4" in out
+
+
+@pytest.mark.parametrize("kind, bits", [(1, 8), (1, 24), (3, 64)])
+@pytest.mark.parametrize("extra", [False, True])
+def test_windows_are_counted_from_the_header(tmp_path, kind, bits, extra):
+    paths = [tmp_path / f"{n}.wav" for n in range(5)]
+    for path, length in zip(paths, (800, 8000, 8400, 24000, 44000)):
+        path.write_bytes(riff(kind, 2, 16000, bits, encode(np.zeros(2 * length), kind, bits), False, extra))
+    paths += [tmp_path / "none.wav", tmp_path / "text.wav"]
+    paths[-1].write_bytes(b"fmt \0")
+    listing = Listing("csv", "standard", tmp_path, ("a", "b"), [Utterance(path, "a", "s") for path in paths], "")
+    windows, seconds = train.lengths(listing, 0.5)
+    assert windows.tolist() == [len(features.windows(features.read_wav(p), Settings(window=0.5))) for p in paths[:5]] + [1, 1]
+    assert seconds == pytest.approx([0.05, 0.5, 0.525, 1.5, 2.75, 0, 0], abs=0.01)
+
+
+def test_help_shows_every_default_in_groups_that_fit_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    groups = capsys.readouterr().out.split("\n\n")
+    assert all(group.count("\n") < 50 for group in groups) and len(groups) > 6
+    text = " ".join("\n".join(groups).split())
+    for f in train.fields(train.Options):
+        about = re.search(rf"--{f.name.strip('_').replace('_', '-')} (.*?)(?= --[a-z]+-?[a-z]* |$)", text.split("options: -h")[1])[1]
+        assert "default" in about or f"small: {train.SCALES['small'].get(f.name)}" in about or f.metadata["group"] == "use", f.name
+
+
+def test_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 25
+    names = {}
+    exec(example, names)  # our own file
+    assert isinstance(names["genotype"], Genotype) and not names["net"].alphas() and names["net"](names["x"][:2]).shape == (2, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run that cannot be lost
 
 DRIVER = """
@@ -1571,7 +1853,7 @@ def left_behind(cwd, out, features=True):
     files = {}
     for folder in (cwd / out, cwd / f"cache-{out}") if features else (cwd / out,):
         for path in folder.rglob("*"):
-            if path.is_file() and path.name not in ("lock", "settings.json"):
+            if path.is_file() and path.name not in ("lock", "settings.json", "report.md"):
                 content = path.read_bytes()
                 if path.name == "log.csv":
                     content = [without_seconds(row) for row in csv.DictReader(content.decode().splitlines())]

@@ -2,6 +2,8 @@
 
     python train.py                                         # the smoke test: no data, no GPU, under three minutes
     python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
+    python train.py --dry-run                               # what would happen, and what it would cost
+    python train.py --predict a.wav b.wav --from runs/NAME  # what the models of a run hear in clips
     python train.py --help                                  # every option with its default
 
 For each fold: the search sees the training speakers only, one half of their utterances for the weights, the other for
@@ -24,10 +26,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -41,6 +44,11 @@ from torch import nn
 import features
 from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive, expected_parameters, random_genotype
 from features import CORPORA, InputError, fcntl
+
+try:
+    import resource
+except ImportError:  # Windows has no such thing
+    resource = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: one dataclass, the command line is made from it.
@@ -68,7 +76,7 @@ class Options:
     protocol: str = option("standard", "folds and labels: the corpus' own, or the emoDARTS authors'", "data", choices=("standard", "paper"))
     strict: bool = option(False, "refuse a corpus with other counts than the known ones", "data")
     skip_bad: bool = option(False, "go on without recordings that cannot be used; results name them", "data")
-    test_dataset: str = option(None, "test every fold's model on the whole of this corpus, too", "data", str, CORPORA)
+    test_dataset: str = option(None, "test every fold's model on the whole of this corpus, too (default: none)", "data", str, CORPORA)
     test_root: str = option(None, "its folder (default: data/TEST_DATASET)", "data", str)
     cache: str = option("cache", "folder of the computed features", "data")
     workers: int = option(None, "processes that compute features (default: one a core)", "data", int)
@@ -129,13 +137,21 @@ class Options:
     threads: int = option(None, "CPU threads (default: torch's)", "run", int)
     deterministic: bool = option(False, "deterministic algorithms only; README names what a GPU has none for", "run")
     benchmark: bool = option(False, "what a step costs on this machine at these sizes, for every SeqNN space, and nothing else", "run")
-    json: str = option(None, "file for the figures of --benchmark", "run", str)
+    dry_run: bool = option(False, "say what would happen and what it would cost, measured here, and write nothing", "run")
+    quiet: bool = option(False, "print results, warnings and errors only", "run")
+
+    predict: list = option(None, "clips (wav files) to recognise, with --from", "use", list)
+    from_: str = option(None, "a run folder, whose models answer together, or one model file; alone: what it says of itself", "use", str)
+    json: str = option(None, "file for the figures of --benchmark, or the answers of --predict; - prints those and nothing else", "use", str)
 
 
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips_normal", "skips_reduce", "skips_seq", "val_ua", "val_wa", "seconds")  # of log.csv
 NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
-NOT_SETTINGS = ("out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "benchmark", "json", "seeds", "compare", "randoms")
+NOT_SETTINGS = (
+    "out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "dry_run", "quiet", "predict", "from_", "json",
+    "benchmark", "seeds", "compare", "randoms",
+)  # fmt: skip
 
 
 def parse(argv):
@@ -150,11 +166,15 @@ def parse(argv):
         text = about["text"] + (f" (default: {f.default})" if f.default is not None else "")
         if about["group"] == "sizes" and f.name != "scale":
             text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
-        flag = "--" + f.name.replace("_", "-")
+        flag = "--" + f.name.strip("_").replace("_", "-")
         if about["kind"] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=about["text"] + (" (default)" if f.default else ""))
+            shown = " (default: on)" if f.default else " (default: off)"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction if f.default else "store_true", default=f.default, help=about["text"] + shown)
+        elif about["kind"] is list:
+            group.add_argument(flag, nargs="+", metavar="CLIP", help=text)
         else:
-            group.add_argument(flag, type=about["kind"], choices=about["choices"], default=f.default, help=text)
+            metavar = None if about["choices"] else f.name.strip("_").upper()
+            group.add_argument(flag, dest=f.name, type=about["kind"], choices=about["choices"], default=f.default, metavar=metavar, help=text)
     options = Options(**vars(parser.parse_args(argv)))
     options.scale = options.scale or CORPORA[options.dataset].scale
     options.folds = options.folds or CORPORA[options.dataset].folds
@@ -510,6 +530,16 @@ def must(true, otherwise="not the contents expected"):
         raise ValueError(otherwise)
 
 
+def loaded(file):
+    """What torch.save wrote, read without executing anything."""
+    with open(file, "rb") as raw, zipfile.ZipFile(raw) as archive:
+        inside = archive.infolist()
+        raw.seek(0)  # torch.load takes what begins otherwise for an older format, which trusts the lengths that it is told
+        must(raw.read(4) == b"PK\3\4" and all(entry.compress_type == zipfile.ZIP_STORED for entry in inside), "not written by torch.save")
+        must(sum(entry.file_size for entry in inside) <= file.stat().st_size and archive.testzip() is None, "changed or cut off")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def alike(found, expected):
     """Whether what a file holds has the form of `expected`: types, names, lengths, shapes."""
     if isinstance(expected, torch.Tensor):
@@ -563,12 +593,7 @@ class Keeper:
 
     def read(self):
         """What needs no network is checked here, the rest in `restore`."""
-        with open(self.file, "rb") as raw, zipfile.ZipFile(raw) as archive:
-            inside = archive.infolist()
-            raw.seek(0)  # torch.load takes what begins otherwise for an older format, which trusts the lengths that it is told
-            must(raw.read(4) == b"PK\3\4" and all(entry.compress_type == zipfile.ZIP_STORED for entry in inside), "no checkpoint")
-            must(sum(entry.file_size for entry in inside) <= self.file.stat().st_size and archive.testzip() is None, "changed or cut off")
-        found, mine = torch.load(self.file, map_location="cpu", weights_only=True), self.state()
+        found, mine = loaded(self.file), self.state()
         must(type(found) is dict and found.keys() == mine.keys())
         must(found["run"] == self.run, "of another run or fold")
         must(all(alike(found[name], mine[name]) for name in ("stage", "genotype", "epoch", "step", "sums", "best", "seconds")))
@@ -763,8 +788,8 @@ def entropy(net):
 
 
 def fit(k, fold, data, options, folder, progress, keep):
-    """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json, log.csv and model.pt.
-    -> (the network, what results.json says of it)."""
+    """Search, derive and train for one fold; never touches its test speakers. Writes genotype.json and log.csv.
+    -> (the network, what model.pt holds, what results.json says of it)."""
     data.standardise_by(fold.train)
     reset_peak(data.device)
     with open(folder / "log.csv", "w", newline="") as file:
@@ -826,15 +851,14 @@ def fit(k, fold, data, options, folder, progress, keep):
                 "speakers": speakers(data.listing, fold.train), "validation": speakers(data.listing, fold.validation),
             },
     }  # fmt: skip
-    write(folder / "model.pt", lambda out: torch.save(model, out))
-    return net, {
+    return net, model, {
         "validation": speakers(data.listing, fold.validation),
         "epoch": epoch,
         "validation_ua": next(row["val_ua"] for row in reversed(keep.rows) if (row["stage"], row["epoch"]) == ("train", epoch)),
         "genotype": json.loads(keep.genotype or "null"),
         "parameters": sum(p.numel() for p in net.weights()),
         "macs": macs(net, feature_settings(options).shape),
-        "peak_gb": round(peak_memory(data.device), 2),
+        "peak_gb": round(peak_memory(data.device) or 0, 2),
         "seconds": {"search": round(keep.seconds["search"], 1), "training": round(keep.seconds["train"], 1)},
     }
 
@@ -885,7 +909,7 @@ class Progress:
     """One line an epoch; on a terminal the line overwrites the one before, and says how much time is left."""
 
     def __init__(self, options, chosen):
-        self.terminal = sys.stdout.isatty()
+        self.terminal, self.quiet = sys.stdout.isatty(), options.quiet
         self.length = {"search": options.search_epochs if searches(options) else 0, "train": options.epochs}
         self.left = {stage: epochs * len(chosen) for stage, epochs in self.length.items()}
         self.seconds = {"search": [], "train": []}
@@ -913,6 +937,8 @@ class Progress:
         return duration(sum(max(0, self.left[stage]) * (mean[stage] or 0) for stage in self.left))
 
     def say(self, text, passing=False):
+        if self.quiet:
+            return
         if self.terminal:
             text = text[: shutil.get_terminal_size().columns - 1] if passing else text  # a line that wraps cannot be overwritten
             print("\r\033[K" + text, end="" if passing else "\n", flush=True)
@@ -960,28 +986,399 @@ def table(runs):
         yield f"{name:{wide * 2 + 19}}" + " ".join(f"{'-':>6}" if v is None else f"{100 * v:6.1f}" for v in values)
 
 
-def estimate(options, data, parts, chosen):
-    """Seconds that the chosen folds will take, from one step of each kind on this device."""
+# ---------------------------------------------------------------------------------------------------------------------
+# For people: what a run will cost, what it has found, what its models hear
+
+
+def lengths(listing, window):
+    """Windows and seconds of each utterance, (utterances,) each, from the headers of the wav files alone."""
+    seconds = np.zeros(len(listing.utterances))
+    for i, u in enumerate(listing.utterances):
+        try:
+            with open(u.path, "rb") if os.path.isfile(u.path) else io.BytesIO() as file:
+                head = file.read(4096)
+            rate, data = head.index(b"fmt ") + 16, head.index(b"data") + 4  # where bytes per second and the length of the sound stand
+            rate, length = (int.from_bytes(head[at : at + 4], "little") for at in (rate, data))
+            seconds[i] = min(length, os.path.getsize(u.path) - data - 4) / rate
+        except (OSError, ValueError, ZeroDivisionError):
+            pass  # what is wrong with it is said when it is read
+    return np.ceil(seconds / window).clip(min=1).astype(int), seconds
+
+
+def peak_memory(device):
+    """Most memory held since `reset_peak`, GB: on a GPU by tensors, on a CPU by the process. None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if Path("/proc/self/status").exists():  # resource's figure begins with that of the parent process, on Linux
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes, on macOS
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def estimate(options, windows, parts, chosen, classes, device, patience):
+    """One step of each kind with noise of the real size, again and again until `patience` seconds are over; the fastest
+    counts, as the first ones are slower. -> seconds that the chosen folds will take, {kind: (steps, seconds of one)}, peak memory so far."""
+    steps = {"training": 0, "validation": 0, "search": 0}
+    # MSP-Podcast's folds have one training in common.
+    for train, validation in {(tuple(parts[k].train), tuple(parts[k].validation)) for k in chosen}:
+        for stage, epochs, members in (
+            ("training", options.epochs, train), ("validation", options.epochs, validation), ("search", options.search_epochs, train[0::2])
+        ):  # fmt: skip
+            steps[stage] += epochs * -(-int(windows[list(members)].sum()) // options.batch)
+    reset_peak(device)
     with torch.random.fork_rng():
-        steps = {"search": 0, "train": 0}
-        # MSP-Podcast's folds have one training in common.
-        for train in {tuple(parts[k].train) for k in chosen}:
-            steps["search"] += options.search_epochs * data.steps(list(train[0::2]), options.batch)
-            steps["train"] += options.epochs * data.steps(list(train), options.batch)
-        data.standardise_by(parts[chosen[0]].train)
-        batch = next(data.batches(parts[chosen[0]].train, data.steps(parts[chosen[0]].train, options.batch)))
-        supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
-        derived = network(options, len(data.classes), derive(supernet)).to(data.device, memory_format=torch.channels_last)
-        architect = Architect(supernet, F.cross_entropy, order=options.order)
-        seconds = {}
-        for stage, net in (("train", derived), ("search", supernet)):
+        if searches(options):
+            supernet = network(options, classes).to(device, memory_format=torch.channels_last)
+            architect, genotype = Architect(supernet, F.cross_entropy, order=options.order), derive(supernet)
+        else:
+            supernet, genotype = None, given_genotype(options) or drawn_genotype(options)
+        derived = final_network(options, classes, genotype).to(device, memory_format=torch.channels_last)
+        batch = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device), torch.arange(options.batch, device=device) % classes
+
+        def weights_move(net):
             optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
-            started = time.perf_counter()
-            if stage == "search":
-                architect.step(batch, batch, xi=options.search_lr)
-            weight_step(net, F.cross_entropy(net(batch[0]), batch[1]), optimizer, options.clip)
-            seconds[stage] = time.perf_counter() - started
-    return sum(steps[stage] * seconds[stage] for stage in steps), seconds
+
+            def step():
+                if net is supernet:
+                    architect.step(batch, batch, xi=options.search_lr)
+                F.cross_entropy(net(batch[0]), batch[1]).backward(inputs=net.weights())
+                optimizer.step()
+                optimizer.zero_grad()
+
+            return step
+
+        seconds = {}
+        look = torch.no_grad()(lambda: derived(batch[0]))
+        for stage, step in (("training", weights_move(derived)), ("validation", look), ("search", supernet and weights_move(supernet))):
+            if step is None:
+                steps[stage] = seconds[stage] = 0
+                continue
+            begun = time.perf_counter()
+            while not seconds.get(stage) or time.perf_counter() - begun < patience:
+                started = time.perf_counter()
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[stage] = min(seconds.get(stage, math.inf), time.perf_counter() - started)
+    return sum(steps[stage] * seconds[stage] for stage in steps), {stage: (steps[stage], seconds[stage]) for stage in steps}, peak_memory(device)
+
+
+def outlook(options, listing, parts, chosen, device, patience):
+    """Five lines: what is about to happen, and what it will cost on this device."""
+    windows, seconds = lengths(listing, options.window)
+    yield (
+        f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {seconds.sum() / 60:.1f} minutes, "
+        f"{windows.sum()} windows of {options.window:g} s, {len({u.speaker for u in listing.utterances})} speakers, {len(listing.classes)} classes"
+    )
+    sizes = {side: [len(getattr(parts[k], side)) for k in chosen] for side in ("train", "validation", "test")}
+    sides = (f"{side} {min(n)}" + f" to {max(n)}" * (min(n) < max(n)) for side, n in sizes.items())
+    yield f"folds     {len(chosen)} of {len(parts)} at {options.scale} scale, utterances of each: {', '.join(sides)}; into {out_folder(options)}"
+    with torch.device("meta"):
+        net = network(options, len(listing.classes))
+    cnn, seq, every = (sum(p.numel() for p in part) for part in (net.cnn.parameters(), net.seq.parameters(), net.weights()))
+    yield f"network   {options.model}, no search" if not searches(options) else (
+        f"supernet  {every:,} weights: CNN cells ({options.cnn_cells}) {cnn:,}, SeqNN cells ({options.seq_cells}) {seq:,}, the rest {every - cnn - seq:,}; "
+        f"{sum(a.numel() for a in net.alphas())} alphas"
+    )
+    total, steps, peak = estimate(options, windows, parts, chosen, len(listing.classes), device, patience)
+    kinds = ", ".join(f"{steps[stage][0]:,} {stage} steps of {steps[stage][1]:.2g} s" for stage in ("search", "training"))
+    yield f"cost      about {duration(total)} on {device} ({kinds}); peak memory {f'about {peak:.1f} GB' if peak else 'unknown'}"
+    both = [f"--{name.replace('_', '-')} {less}" for name, high, less in (
+        ("stem_stride", options.stem_stride == 1, 2), ("order", options.order == 2, 1), ("seq_space", options.seq_space == "all", "rnn"),
+        ("nodes", options.nodes > 1, options.nodes - 1), ("channels", options.channels > 1, options.channels // 2),
+    ) if high]  # fmt: skip
+    time_only = ["--folds 0"] * (len(chosen) > 1) + ["fewer --search-epochs and --epochs"] + ["a GPU"] * (device.type == "cpu")
+    memory = ["--recompute"] * (not options.recompute) + [f"--batch {options.batch // 2}"] * (options.batch > 3)
+    yield "to lower  " + "; ".join(f"{what}: {', '.join(names)}" for what, names in (("time", time_only), ("memory", memory), ("both", both)) if names)
+
+
+def dry_run(options, listing, chosen, device):
+    parts = features.folds(listing)
+    for line in outlook(options, listing, parts, chosen, device, patience=1):
+        print(line, flush=True)
+    print(*(line for k, line in enumerate(features.describe_folds(listing, parts)) if k in chosen), sep="\n")
+    print("a dry run: nothing was written")
+
+
+# report.md: made of results.json, settings.json and log.csv, of nothing else
+
+CURVES = (  # title, unit, stage and column of log.csv, factor, top of the axis (None: the largest value)
+    ("search: loss of the weights", "loss", "search", "loss", 1, None),
+    ("search: loss of the alphas", "loss", "search", "alpha_loss", 1, None),
+    ("search: entropy of the alphas (1: undecided, 0: decided)", "entropy", "search", "entropy", 1, 1),
+    ("training: loss", "loss", "train", "loss", 1, None),
+    ("training: UA of the validation speakers", "percent", "train", "val_ua", 100, 100),
+)  # fmt: skip
+
+
+def plain(text):
+    """For Markdown, in which a corpus' names may mean something."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", " ".join(str(text).split()))
+
+
+def grid(head, rows):
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def folded(title, text):
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def graph(kind, cell):
+    """A cell as a Mermaid graph: states 0 and 1 are its inputs, the others its nodes."""
+    lines = ["```mermaid", "graph LR", f'    s0(["{kind}: input 0"])', '    s1(["input 1"])']
+    for i, node in enumerate(cell, start=2):
+        lines += [f'    s{i}["node {i}"]', *(f'    s{j} -->|"{op}"| s{i}' for op, j in node), f'    s{i} --> out(["output"])']
+    return "\n".join([*lines, "```"])
+
+
+def agreement(cells):
+    """Of the same cell of several genotypes: {(from, to): {operation: in how many}}."""
+    seen = {(j, i): {} for i in range(2, 2 + max(map(len, cells))) for j in range(i)}
+    for cell in cells:
+        for i, node in enumerate(cell, start=2):
+            for op, j in node:
+                seen[j, i][op] = seen[j, i].get(op, 0) + 1
+    return seen
+
+
+def read_curves(folder, trained):
+    """{(stage, column): for each epoch the values of the folds}; without a log there are none."""
+    seen = {}
+    for file in (folder / f"fold{k}" / "log.csv" for k in trained):
+        if not file.exists():
+            continue
+        with untrusted(file, "delete it, and the report goes without it"), open(file, newline="") as rows:
+            for row in csv.DictReader(rows):
+                for _, _, stage, column, _, _ in CURVES:
+                    if row["stage"] == stage:
+                        seen.setdefault((stage, column), {}).setdefault(int(row["epoch"]), []).append(finite(float(row[column])))
+    return {name: [values for _, values in sorted(epochs.items())] for name, epochs in seen.items()}
+
+
+def write_report(folder):
+    with untrusted(folder / "settings.json", "give another --out"):
+        settings = json.loads((folder / "settings.json").read_text())
+        options, command = dict(settings.pop("options")), str(settings.pop("command"))
+        candidates = {"normal": 7, "reduce": 7, "seq": len(SEQ_SPACES[options["seq_space"]]) - 1}
+    damaged = "move it away, and the run starts anew"
+    with untrusted(folder / "results.json", damaged):
+        results = json.loads((folder / "results.json").read_text())
+        runs, classes, whole = results["folds"], list(map(plain, results["classes"])), summary(results["folds"])
+        trained, counts = [run for run in runs if run["trained_as"] == run["fold"]], {}
+    curves = read_curves(folder, [run["fold"] for run in trained])
+    with untrusted(folder / "results.json", damaged):
+        decided = [run for run in trained if run["genotype"]]  # none of a hand-designed network
+        for run in decided:
+            counts.setdefault(json.dumps(run["genotype"]), []).append(run["fold"])
+
+        def percent(value):
+            return "-" if value is None else f"{100 * value:.1f}"
+
+        def score_table(runs):
+            rows = [
+                [r["fold"], plain(r["name"]), plain(features.listed(r["validation"])), np.sum(r["confusion"]), percent(r["ua"]), percent(r["wa"])] for r in runs
+            ]  # fmt: skip
+            rows += [[name, "", "", "", *(percent(summary(runs)[metric][name]) for metric in ("ua", "wa"))] for name in ("mean", "std", "pooled")]
+            return grid(["fold", "test", "validation", "utterances", "UA", "WA"], rows)
+
+        pooled = sum(np.array(run["confusion"]) for run in runs)
+        shares = [
+            [f"**{name}**", *row, percent(row[c] / row.sum()) if row.sum() else "-"] for c, (name, row) in enumerate(zip(classes, pooled))
+        ]
+        text = [
+            f"# {plain(results['dataset'])}, protocol {plain(results['protocol'])}: "
+            + ", ".join(f"{metric.upper()} {percent(whole[metric]['mean'])} ± {percent(whole[metric]['std'])}" for metric in ("ua", "wa")),
+            f"Percent; mean and standard deviation over folds, of which {len(runs)} finished. Made by",
+            "    " + " ".join(command.split()), *map(plain, results["notes"]),
+            "## Results", score_table(runs),
+            *(["### Tested on the whole of " + plain(results["cross"]["dataset"]), score_table(results["cross"]["folds"])] if "cross" in results else []),
+            "## Confusion", "Rows: what it was. Columns: what it was taken for. All folds together.", grid(["", *classes, "recall, %"], shares),
+        ]  # fmt: skip
+        if decided:
+            text += ["## What the search found" if options["model"] == "emodarts" else "## The genotype",
+                     "The most frequent genotype first. An edge is labelled with its operation; inputs 0 and 1 are the outputs of the two cells before."]  # fmt: skip
+        for n, (genotype, members) in enumerate(sorted(counts.items(), key=lambda item: -len(item[1]))):
+            title = f"fold{'s' * (len(members) > 1)} {', '.join(map(str, members))}"
+            graphs = "\n\n".join(graph(kind, cell) for kind, cell in json.loads(genotype).items())
+            text += [f"### Genotype of {title}\n\n{graphs}"] if n == 0 else [folded(f"Genotype of {title}", graphs)]
+        kinds = list(decided[0]["genotype"]) if decided else []
+        chosen = [[r["fold"], [[op for node in r["genotype"][kind] for op, _ in node] for kind in kinds]] for r in decided]
+        skips = [[k, *(f"{ops.count('skip_connect')} of {len(ops)}" for ops in cells)] for k, cells in chosen]
+        text += decided and ["### Skip connections", "A search that collapses chooses `skip_connect` nearly everywhere. Edges that are one, in each cell:",
+                 grid(["fold", *kinds], skips), "## How much the folds agree"]  # fmt: skip
+        if ("search", "entropy") in curves:
+            last = curves["search", "entropy"][-1]
+            text.append(f"Entropy of the alphas at the end of the search, as a share of the largest possible (1: undecided, 0: decided): "
+                        f"mean {np.mean(last):.5f}, from {min(last):.5f} to {max(last):.5f} over the folds.")  # fmt: skip
+        if decided:
+            text.append(f"In how many of {len(decided)} genotypes, in percent, an edge was kept, and with which operation. A node keeps two of its edges.")
+        for kind in kinds:
+            seen = agreement([run["genotype"][kind] for run in decided])
+            ops = sorted({op for found in seen.values() for op in found}, key=lambda op: (-sum(found.get(op, 0) for found in seen.values()), op))
+            rows = {f"`{op}`": [100 * found.get(op, 0) / len(decided) for found in seen.values()] for op in ops}
+            rows |= {"**any: kept**": [100 * sum(found.values()) / len(decided) for found in seen.values()]}
+            rows |= {"kept by chance": [200 / i for _, i in seen], "each by chance": [200 / i / candidates[kind] for _, i in seen]}
+            head = ["edge", *(f"{j} → {i}" for j, i in seen)]
+            text += [f"### {kind} cell", grid(head, [[name, *(f"{share:.0f}" if share else "" for share in row)] for name, row in rows.items()])]
+        text.append("## Learning curves\n\nMeans over the folds, epoch by epoch.")
+        for title, unit, stage, column, factor, top in CURVES:
+            values = [factor * np.mean(v) for v in curves.get((stage, column), [])]
+            if len(values) > 1:
+                axes = f'    x-axis "epoch" 1 --> {len(values)}\n    y-axis "{unit}" 0 --> {top or 1.1 * max(values) or 1:.4g}\n'
+                points = ", ".join(f"{v:.4g}" for v in values)  # bars, as the first colour of the light theme is too light for a line
+                text.append(f'```mermaid\nxychart-beta\n    title "{title}"\n{axes}    bar [{points}]\n    line [{points}]\n```')
+        costs = [[r["fold"], f"{r['parameters']:,}", *(f"{r['seconds'][s]:,.0f}" for s in ("search", "training"))] for r in trained]
+        total = ["all", "", *(f"{sum(r['seconds'][s] for r in trained):,.0f}" for s in ("search", "training"))]
+        text += ["## Cost", grid(["fold", "parameters", "search, s", "training, s"], [*costs, total]), "## Settings"]
+        values = [[plain(name), plain(v)] for name, v in (options | settings).items()]
+        text.append(folded("Every option, and the versions", grid(["setting", "value"], values)))
+        content = ("\n\n".join(text) + "\n").encode(errors="replace")
+    if not (folder / "report.md").exists() or (folder / "report.md").read_bytes() != content:
+        write(folder / "report.md", content)
+
+
+# A model that is used again
+
+
+def read_model(file):
+    """-> what model.pt holds, checked, and as "net" its network."""
+    with untrusted(file, "name a run folder, or a model.pt that this program wrote"):
+        must(file.is_file(), "no file")
+        model = loaded(file)
+        must(type(model) is dict and model.get("format") == "emodarts-1", "no model of emoDARTS")
+        classes, sizes, statistics = model["classes"], model["sizes"], model["statistics"]
+        must(type(classes) is list and len({*classes}) == len(classes) > 1 and all(type(c) is str and c.isprintable() for c in classes))
+        settings = features.Settings(**model["features"])
+        must(alike(asdict(settings), asdict(features.Settings())) and settings.window < 1e4, "not the settings of features")
+        must(sizes.keys() == {*NETWORK_SIZES}, "not the sizes of a network")
+        must(all(type(n) is (float if name == "dropout" else int) for name, n in sizes.items()), "not the sizes of a network")
+        # Each cell and each node has weights of its own in the file: a small file cannot ask for a huge network.
+        genotype, count = model["genotype"] and Genotype.from_json(model["genotype"]), len(model["weights"])
+        must(not genotype or sizes["cnn_cells"] + sizes["seq_cells"] + max(len(cell) for cell in vars(genotype).values() if cell) <= count, "a genotype of another size")
+        with torch.device("meta"):
+            if genotype:
+                net = Network(classes=len(classes), genotype=genotype, **sizes)
+            else:
+                must(model.get("model") in MODELS[2:], "of no model that is known here")
+                net = Baseline(model["model"], len(classes), settings.coefficients, sizes["dropout"])
+        must(alike(model["weights"], {**net.state_dict()}), "its weights are those of another network")
+        must(all(w.isfinite().all() for w in model["weights"].values()), "its weights are not finite")
+        must(statistics is None or alike(statistics, dict.fromkeys(("mean", "std"), torch.empty(settings.coefficients, 1))))
+        must(statistics is None or statistics["mean"].isfinite().all() and (statistics["std"] > 0).all(), "its statistics are none")
+        must((statistics is None) == (model["normalise"] == "speaker"))
+        model["features"] = asdict(settings)
+        model["net"] = net.to_empty(device="cpu").eval()
+        net.load_state_dict(model["weights"])
+        model["said"] = list(describe_model(model))
+        must(all(line.isprintable() for line in model["said"]))
+    return model
+
+
+def read_models(place):
+    """Of one file, or of all folds of a run folder, in order."""
+    place = Path(place)
+    files = sorted([*place.glob("model.pt"), *place.glob("fold*/model.pt")], key=lambda file: (len(str(file)), file))
+    if not files and not os.path.isfile(place):
+        raise InputError(f"--from is {place}, where no model is; expected a run folder with fold0/model.pt in it, or such a file")
+    models = {file: read_model(file) for file in files or [place]}
+    for name in ("classes", "features", "normalise"):
+        if len({json.dumps(model[name]) for model in models.values()}) > 1:
+            raise InputError(f"the models in {place} differ in their {name}, and can give no common answer; name one of them with --from")
+    return models
+
+
+def describe_model(model):
+    """What the file says of itself; a file of an older version says less."""
+    about, heard, version = model["trained_on"], features.Settings(**model["features"]), model.get("version", {})
+    speakers = features.listed(about["speakers"], 24)
+    if about.get("poison"):
+        yield "  note      not speaker-independent: it was trained with utterances of its test speakers"
+    yield f"  corpus    {about['dataset']}, protocol {about['protocol']}: trained for {int(about['epoch'])} epochs with speakers {speakers}"
+    for test in model.get("test", []):
+        yield f"  test      {test['name']}: UA {100 * test['ua']:.1f}, WA {100 * test['wa']:.1f} of {int(test['utterances'])} utterances"
+    yield f"  classes   {', '.join(model['classes'])}"
+    yield f"  hears     {heard.coefficients} {heard.kind}, windows of {heard.window:g} s, padding {heard.padding}, statistics: {model['normalise']}"
+    yield f"  weights   {sum(p.numel() for p in model['net'].parameters()):,}; {', '.join(f'{name} {v}' for name, v in version.items() if v) or 'version unknown'}"
+    if model["genotype"]:
+        yield from ("  " + line for line in str(Genotype.from_json(model["genotype"])).splitlines())
+    else:
+        yield f"  model     {model['model']}, designed by hand"
+
+
+@torch.no_grad()
+def hear(models, paths, device):
+    """-> for each clip what --json writes of it. Several models: the mean of their probabilities."""
+    settings, maps, clips, bad = features.Settings(**models[0]["features"]), [], [], []
+    for path in paths:
+        try:
+            samples = features.read_wav(path)
+        except (InputError, OSError) as error:
+            bad.append(str(error))
+            continue
+        cut, seconds = features.windows(samples, settings), len(samples) / features.RATE
+        x = torch.stack([features.transform(settings)(torch.from_numpy(window)) for window in cut])
+        maps.append(x.half().float())  # (W, F, T), rounded as the features that the model was trained with
+        starts = [min(n * settings.window, max(0, seconds - settings.window)) for n in range(len(cut))]
+        clips.append({"path": os.fsencode(path).decode(errors="replace"), "seconds": seconds, "starts": starts})
+    if bad:
+        raise InputError("\n  ".join([f"{len(bad)} of {len(paths)} clips cannot be used:"] * (len(paths) > 1) + bad))
+    every, window = torch.cat(maps), torch.zeros(sum(map(len, maps)), len(models[0]["classes"]), dtype=torch.double)
+    clip = torch.zeros(len(maps), window.shape[1], dtype=torch.double)
+    for model in models:
+        if model["statistics"]:
+            mean, std = model["statistics"]["mean"], model["statistics"]["std"]
+        else:  # one speaker's
+            mean, square = every.mean((0, 2), dtype=torch.double), every.double().square().mean((0, 2))
+            mean, std = mean.float()[:, None], (square - mean**2).clamp(min=1e-10).sqrt().float()[:, None]
+        net = model["net"].to(device)
+        logits = torch.cat([net(((x - mean) / std)[:, None].to(device)).cpu().double() for x in every.split(64)])
+        window += logits.softmax(1) / len(models)
+        clip += torch.stack([part.mean(0).softmax(0) for part in logits.split(list(map(len, maps)))]) / len(models)
+
+    def answer(p):
+        return {"label": models[0]["classes"][p.argmax()], "probabilities": dict(zip(models[0]["classes"], p.tolist()))}
+
+    for about, p, parts in zip(clips, clip, window.split(list(map(len, maps)))):
+        times = [{"start": start, "end": min(start + settings.window, about["seconds"])} for start in about.pop("starts")]
+        about |= answer(p) | {"windows": [time | answer(q) for time, q in zip(times, parts)]}
+    return clips
+
+
+def use(options):
+    """--from RUN, with --predict or alone."""
+    if not options.from_ or options.json and not options.predict:
+        raise InputError("--predict CLIP ... needs --from RUN, a run folder or a model file; --json goes with both")
+    device, models = pick_device(options.device), read_models(options.from_)
+    if not options.predict:
+        for file, model in models.items():
+            print(file, *model["said"], sep="\n")
+        return
+    clips = hear(list(models.values()), options.predict, device)
+    about = {"from": options.from_, "models": len(models), "classes": next(iter(models.values()))["classes"], "clips": clips}
+    if next(iter(models.values()))["normalise"] == "speaker" and not options.quiet:
+        print(f"note: these {len(clips)} clips are taken as one speaker's and normalised by their own statistics", file=sys.stderr)
+    if options.json == "-":
+        return print(json.dumps(about, indent=1))
+    wide = max(len(clip["path"]) for clip in clips)
+
+    def line(name, answer):
+        each = "  ".join(f"{c} {p:.3f}" for c, p in answer["probabilities"].items())
+        return f"{name:{wide}}  {answer['label']:{max(map(len, about['classes']))}}  {each}"
+
+    for clip in clips:
+        print(line(clip["path"], clip))
+        for part in clip["windows"] if len(clip["windows"]) > 1 else ():
+            print(line(f"  {part['start']:.1f} to {part['end']:.1f} s", part))
+    if options.json:
+        write(Path(options.json), (json.dumps(about, indent=1) + "\n").encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1126,25 +1523,6 @@ def measure(options, order):
     return {"weights": weights, **medians, "runs": len(seconds["weight"]) - 1, "peak_gb": peak_memory(device), "before_gb": before}
 
 
-def peak_memory(device):
-    """Most memory held so far, GB: on a GPU by tensors, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if Path("/proc/self/status").exists():  # resource's figure begins with the parent's, on Linux
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes, on macOS
-
-
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def benchmark(options):
     """Prints a line as it is measured, and writes all figures to --json."""
     device = pick_device(options.device)
@@ -1231,7 +1609,7 @@ def report(options, folder, runs, cross, notes):
     print(f"{options.dataset}, protocol {options.protocol}", *table(runs), *notes, sep="\n")
     if cross:
         print(f"\ntested on the whole of {options.test_dataset}", *table(cross), sep="\n")
-    print(f"results, genotypes, logs, models and predictions are in {folder}")
+    print(f"report.md, results, genotypes, logs, models and predictions are in {folder}")
 
 
 def versions():
@@ -1255,9 +1633,19 @@ def pick_device(name):
 
 def run(argv, stop):
     options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.benchmark:
         return benchmark(options)
-    everything = check(options)
+    if options.predict or options.from_ or options.json:
+        return use(options)
+    with tempfile.TemporaryDirectory() if options.dry_run and options.dataset == "smoke" else nullcontext() as folder:  # it is generated where it is not there
+        options.root = options.root or folder
+        everything = check(options)
+        if options.scale == "paper" and everything[2].type == "cpu":
+            print("warning: paper scale without a GPU; one step may take minutes, and the run weeks", file=sys.stderr, flush=True)
+        if options.dry_run:
+            return dry_run(options, *everything)
     if options.compare:
         plan = [(model, options.seed + n) for n in range(options.seeds) for model in MODELS if model != "random"]
         plan += [("random", options.seed + n) for n in range(options.randoms)]
@@ -1295,22 +1683,22 @@ def run_one(options, everything, argv, stop):
                 f"{options.test_dataset} has the classes {', '.join(other.classes)}, and {options.dataset} those to train on: "
                 f"{', '.join(listing.classes)}; every class that is tested must be trained"
             )
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.deterministic:  # where a GPU has no deterministic algorithm, torch warns and names the operation
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
     folder, locked = run_folder(options, settings)
     with locked:
-        folds_of(options, listing, other, chosen, device, folder, stop)
+        folds_of(options, listing, other, chosen, device, folder, settings, stop)
 
 
-def folds_of(options, listing, other, chosen, device, folder, stop):
+def folds_of(options, listing, other, chosen, device, folder, settings, stop):
     classes = listing.classes
     runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
     if len(runs) == len(chosen):
-        print(f"{folder} is finished; to run it again, remove it or give another --out")
+        write_report(folder)
+        if not options.quiet:
+            print(f"{folder} is finished; to run it again, remove it or give another --out")
         return report(options, folder, runs, cross, notes)
     progress = Progress(options, chosen)
     for stage in progress.left:
@@ -1318,9 +1706,12 @@ def folds_of(options, listing, other, chosen, device, folder, stop):
     with torch.device("meta"):
         checkpoint = 8 * sum(p.numel() for p in network(options, len(classes)).weights())  # with a momentum for each weight
     maps = 2 * len(listing.utterances) * math.prod(feature_settings(options).shape)
-    if checkpoint + maps > 1e9:
+    if checkpoint + maps > 1e9 and not options.quiet:
         print(f"writes at least {maps / 1e6:,.0f} MB of features to {options.cache}, unless they are there, and to {folder} checkpoints of "
               f"{checkpoint / 1e6:,.0f} MB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free")  # fmt: skip
+
+    for line in outlook(options, listing, features.folds(listing), chosen[len(runs) :], device, patience=0.1) if not options.quiet else ():
+        print(line, flush=True)
 
     def data_of(listing):
         store = features.load(
@@ -1333,11 +1724,6 @@ def folds_of(options, listing, other, chosen, device, folder, stop):
     parts = features.folds(listing, data.store.bad)
     if options.poison:
         parts = [poisoned(part, options, data.labels) for part in parts]
-    progress.say(
-        f"{options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, {data.store.seconds.sum() / 60:.1f} minutes, "
-        f"{len({u.speaker for u in listing.utterances})} speakers; {len(chosen)} of {len(parts)} folds at {options.scale} scale on {device}; "
-        f"results go to {folder}"
-    )
     notes = []
     if options.dataset == "smoke":
         notes.append("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
@@ -1347,11 +1733,8 @@ def folds_of(options, listing, other, chosen, device, folder, stop):
         notes.append(f"not speaker-independent: {100 * options.poison:g} % of the test speakers' utterances were trained on")
     if data.store.bad:
         notes.append(f"{len(data.store.bad)} recordings cannot be used and were skipped; results.json names them")
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    if options.scale == "paper" and device.type == "cpu":
-        print("paper scale without a GPU: measuring one step ...", flush=True)
-        total, seconds = estimate(options, data, parts, chosen[len(runs) :])
-        print(f"this will take about {duration(total)} ({seconds['search']:.1f} s a search step, {seconds['train']:.1f} s a training step)")
+    for note in notes:
+        progress.say(note)
 
     results = {
         "dataset": options.dataset, "protocol": options.protocol, "classes": list(classes), "normalise": options.normalise,
@@ -1365,19 +1748,24 @@ def folds_of(options, listing, other, chosen, device, folder, stop):
         if first != trained:
             (folder / f"fold{first}").mkdir(exist_ok=True)
             keep = Keeper(device, f"{key_of(options)}, fold {first}", folder / f"fold{first}" / "checkpoint.pt", stop)
-            net, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
+            net, model, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
             about["trained_as"], trained = first, first
         place = folder / f"fold{k}"
         place.mkdir(exist_ok=True)
         # Everything is chosen: the test speakers are scored, once.
         runs.append({"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
         results.update(summary(runs), folds=runs)
+        model["version"] = {name: str(settings[name]) for name in ("commit", "python", "torch", "torchaudio")}
+        tests = [run for run in runs if run["trained_as"] == first]
+        model["test"] = [{"name": t["name"], "utterances": int(np.sum(t["confusion"])), "ua": t["ua"], "wa": t["wa"]} for t in tests]
+        write(folder / f"fold{first}" / "model.pt", lambda out: torch.save(model, out))
         if other:
             other.standardise_like(data)
             members = [i for i in range(len(other.labels)) if i not in other.store.bad]
             cross.append({"fold": k, "name": options.test_dataset, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
             results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
         write(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_report(folder)
         if first not in [same[j] for j in chosen[len(runs) :]]:
             (folder / f"fold{first}" / "checkpoint.pt").unlink(missing_ok=True)
     progress.say("")

@@ -102,7 +102,7 @@ class Options:
 
     model: str = option("emodarts", "what is trained: the searched network, a random one of the same space, or one designed by hand", "search", choices=MODELS)
     search: str = option("joint", "cells that are searched; the others are fixed ones that README names", "search", choices=("joint", "cnn", "seq"))
-    genotype: str = option(None, "file of a genotype to train, without a search", "search", str)
+    genotype: str = option(None, "file of a genotype to train, without a search (default: search)", "search", str)
     order: int = option(1, "order of the hypergradient", "search", choices=(1, 2))
     seq_space: str = option("all", "candidate operations of the SeqNN", "search", choices=SEQ_SPACES)
     alpha_lr: float = option(3e-4, "learning rate of the alphas (Adam)", "search")
@@ -110,7 +110,7 @@ class Options:
     search_lr: float = option(0.025, "learning rate of the weights while searching (SGD, cosine)", "search")
     lr_min: float = option(0.001, "where that cosine ends; in training it ends at 0", "search")
     search_decay: float = option(3e-4, "weight decay of the weights while searching", "search")
-    skip_limit: int = option(None, "end the search before a cell has more skip connections than this", "search", int)
+    skip_limit: int = option(None, "end the search before a cell has more skip connections than this (default: never)", "search", int)
     size_penalty: float = option(0.0, "added to the alphas' loss for each million of expected weights", "search")
 
     batch: int = option(16, "batch size, of search and training", "training")

@@ -1221,7 +1221,7 @@ def test_select_best_keeps_the_latest_of_the_best_epochs(monkeypatch):
     assert not torch.equal(states[2]["head.weight"], states[3]["head.weight"])
 
 
-@pytest.mark.parametrize("model", train.MODELS[2:])
+@pytest.mark.parametrize("model", train.BASELINES)
 def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(model):
     net = train.Baseline(model, 4, 24).eval()
     x = batch(5, 24, 32)[0]
@@ -1793,7 +1793,8 @@ def test_help_shows_every_default_in_groups_that_fit_a_screen(capsys, monkeypatc
     assert all(group.count("\n") < 50 for group in groups) and len(groups) > 6
     text = " ".join("\n".join(groups).split())
     for f in train.fields(train.Options):
-        about = re.search(rf"--{f.name.strip('_').replace('_', '-')} (.*?)(?= --[a-z]+-?[a-z]* |$)", text.split("options: -h")[1])[1]
+        flag = "--" + f.name.strip("_").replace("_", "-")
+        about = re.search(rf" {flag}(?:, --no-{flag[2:]})? (.*?)(?= --[a-z]|$)", text.split("options: -h")[1])[1]
         assert "default" in about or f"small: {train.SCALES['small'].get(f.name)}" in about or f.metadata["group"] == "use", f.name
 
 

@@ -182,14 +182,18 @@ class MixedOp(nn.Module):
         o_bar(x) = sum_o softmax(alpha)_o * o(x)
 
     `ops`: name -> module; all return the same shape. `weight`: softmax(alpha), shape (len(ops),). Without `weight` the
-    edge is decided and holds one operation. `known`: see `through`.
+    edge is decided and holds one operation. `known`: see `through`. `p_drop`: while training, the share of utterances for
+    which an operation that has nothing to learn is dropped. Such operations are good from the first step, long before the
+    convolutions are, and a search that is not held back ends with little else (Chen et al., "P-DARTS", ICCV 2019).
     """
+
+    AHEAD = ("max_pool_3x3", "avg_pool_3x3", "skip_connect")
 
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
 
-    def forward(self, x, weight=None, known=None):
+    def forward(self, x, weight=None, known=None, p_drop=0.0):
         if weight is None:
             (op,) = self.ops.values()
             return through(op, x, known)
@@ -197,6 +201,8 @@ class MixedOp(nn.Module):
         for w, (name, op) in zip(weight, self.ops.items()):
             if name != "none":
                 out = through(op, x, known)
+                if self.training and p_drop > 0 and name in self.AHEAD:
+                    out = drop_path(out, p_drop)
                 y = w * out if y is None else y.addcmul_(w, out)  # y + w * out without a copy of y
         return y
 
@@ -269,8 +275,9 @@ class Cell(nn.Module):
                         break
                     op[k] = begun.setdefault(repr(op[: k + 1]), module)
 
-    def forward(self, s0, s1, weight=None, p_drop_path=0.0):
-        """`weight`: softmax(alpha), (edges, operations), edges ordered by node, then predecessor; None when derived."""
+    def forward(self, s0, s1, weight=None, p_drop=0.0):
+        """`weight`: softmax(alpha), (edges, operations), edges ordered by node, then predecessor; None when derived. `p_drop`:
+        while searching that of `MixedOp`, of a decided cell the share of utterances for which an edge is dropped (drop-path)."""
         states = [before(s) for before, s in zip(self.before, (s0, s1))]
         arrived = [[] for _ in self.leaving]
         for j, edges in enumerate(self.leaving):
@@ -278,20 +285,20 @@ class Cell(nn.Module):
                 states.append(reduce(torch.add, arrived[j]))
             if self.recompute and torch.is_grad_enabled():  # keep the state only, and compute its edges again on the way back
                 outputs = checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
-                    self.leave, j, states[j], weight, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(self))
+                    self.leave, j, states[j], weight, p_drop, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(self))
                 )
             else:
-                outputs = self.leave(j, states[j], weight)
+                outputs = self.leave(j, states[j], weight, p_drop)
             for (i, _), y in zip(edges, outputs):
-                if self.training and p_drop_path > 0 and "skip_connect" not in self.edges[f"{j}_{i}"].ops:  # a skip keeps the path alive
-                    y = drop_path(y, p_drop_path)
+                if weight is None and self.training and p_drop > 0 and "skip_connect" not in self.edges[f"{j}_{i}"].ops:  # a skip keeps the path alive
+                    y = drop_path(y, p_drop)
                 arrived[i].append(y)
         return torch.cat(states[2:], dim=self.concat)
 
-    def leave(self, j, x, weight):
+    def leave(self, j, x, weight, p_drop):
         """State j -> the outputs of the edges that leave it. What they have in common is computed once."""
         known = {}
-        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known) for i, row in self.leaving[j]]
+        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known, p_drop) for i, row in self.leaving[j]]
 
 
 class CNNCell(Cell):
@@ -417,7 +424,7 @@ class Network(nn.Module):
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
-    that these sizes need. `drop_path`, an attribute, is the share of edge outputs dropped in training (0 at first).
+    that these sizes need. `drop_path`, an attribute, is the share dropped in training, of what `Cell` says (0 at first).
     """
 
     def __init__(

@@ -1262,22 +1262,32 @@ def test_multiply_accumulates():
     assert train.macs(rnn, (20, 32)) == 20 * 2 * 2 * 32 * 32
 
 
-def test_a_search_ends_before_it_collapses(monkeypatch):
+def test_what_has_nothing_to_learn_is_held_back():
+    """For a share of the utterances pooling and skipping add nothing, for the others they add more: the same mean."""
+    ops = {name: emodarts.CNN_OPS[name](4, 1, False) for name in ("none", "skip_connect", "dil_conv_3x3")}
+    edge, x, weight = MixedOp(ops).train(), torch.randn(400, 4, 3, 5), torch.tensor([0.2, 0.5, 0.3])
+    with emodarts.without_statistics(edge):
+        rest = weight[2] * ops["dil_conv_3x3"](x)
+        share = ((edge(x, weight, p_drop=0.3) - rest) / x).mean(dim=(1, 2, 3))
+    dropped = share.abs() < 1e-3
+    assert 80 < dropped.sum() < 160  # 120 +- 4 standard deviations
+    torch.testing.assert_close(share[~dropped], torch.full_like(share[~dropped], 0.5 / 0.7), rtol=1e-2, atol=0)
+    assert torch.equal(edge.eval()(x, weight, p_drop=0.3), edge(x, weight))
+
+
+def test_the_alphas_wait_for_the_weights():
     listing, data = tiny_data()
     fold = folds(listing)[0]
     data.standardise_by(fold.train)
-    skips = iter([1, 2, 5, 5])
-    real, found = train.derive, []
-
-    def derive(net):
-        ops = ["skip_connect"] * next(skips) + ["max_pool_3x3"] * 5
-        found.append(replace(real(net), normal=[[(op, 0)] for op in ops]))
-        return found[-1]
-
-    monkeypatch.setattr(train, "derive", derive)
-    rows, options = [], tiny_options("--skip-limit", "3", "--search-epochs", "9")
-    assert train.search(train.network(options, 4), data, fold.train, options, lambda **row: rows.append(row)) == found[1]
-    assert [row["skips_normal"] for row in rows] == [2, 5]
+    moved = []
+    for warm_up in ("2", "1"):
+        options, rows = tiny_options("--warm-up", warm_up), []
+        net = train.network(options, 4)
+        before = [alpha.detach().clone() for alpha in net.alphas()]
+        train.search(net, data, fold.train, options, lambda **row: rows.append(row))
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, net.alphas())))
+        assert ["alpha_loss" in row for row in rows] == [warm_up == "0", warm_up != "2"]
+    assert moved == [False, True]
 
 
 def test_poison_moves_a_share_of_the_test_speakers():

@@ -57,11 +57,11 @@ except ImportError:  # Windows has no such thing
 SCALES = {
     "paper": dict(
         features="mfcc", coefficients=128, window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, dropout=0.3, drop_path=0.2,
-        search_epochs=50, epochs=100,
+        search_epochs=50, hold_back=0.0, warm_up=0, epochs=100,
     ),
     "small": dict(
         features="log-mel", coefficients=64, window=4.0, channels=16, cnn_cells=2, seq_cells=1, nodes=2, stem_stride=2, dropout=0.0, drop_path=0.0,
-        search_epochs=10, epochs=30,
+        search_epochs=8, hold_back=0.3, warm_up=4, epochs=30,
     ),
 }  # fmt: skip
 
@@ -107,6 +107,8 @@ class Options:
     dropout: float = option(None, "after each cell", "sizes", float)
     drop_path: float = option(None, "share of edge outputs dropped at the end of training, growing from 0", "sizes", float)
     search_epochs: int = option(None, "epochs of the search", "sizes", int)
+    hold_back: float = option(None, "share dropped of what pools and skips while searching: a remedy for collapse", "sizes", float)
+    warm_up: int = option(None, "of which the first ones move the weights only", "sizes", int)
     epochs: int = option(None, "epochs of the final training", "sizes", int)
 
     model: str = option("emodarts", "what is trained: the searched network, a random one of the same space, or one designed by hand", "search", choices=MODELS)
@@ -119,7 +121,6 @@ class Options:
     search_lr: float = option(0.025, "learning rate of the weights while searching (SGD, cosine)", "search")
     lr_min: float = option(0.001, "where that cosine ends; in training it ends at 0", "search")
     search_decay: float = option(3e-4, "weight decay of the weights while searching", "search")
-    skip_limit: int = option(None, "end the search before a cell has more skip connections than this (default: never)", "search", int)
     size_penalty: float = option(0.0, "added to the alphas' loss for each million of expected weights", "search")
 
     batch: int = option(16, "batch size, of search and training", "training")
@@ -203,12 +204,12 @@ def check(options):
 
     least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1, "workers": 1}
     least |= dict.fromkeys(("lr", "search_lr", "lr_min", "alpha_lr", "alpha_decay", "momentum", "decay", "search_decay", "clip"), 0)
-    least |= {"skip_limit": 0, "size_penalty": 0, "masks": 0, "seeds": 1, "randoms": 0}
+    least |= {"warm_up": 0, "size_penalty": 0, "masks": 0, "seeds": 1, "randoms": 0}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and not smallest <= value < math.inf:  # nor is NaN
             problems.append(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}")
-    for name in ("dropout", "drop_path", "label_smoothing", "poison"):
+    for name in ("dropout", "drop_path", "hold_back", "label_smoothing", "poison"):
         if not 0 <= getattr(options, name) < 1:
             problems.append(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
     with torch.device("meta"):
@@ -697,23 +698,21 @@ def search(net, data, train, options, log, keep=None):
     )
     optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum, weight_decay=options.search_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.search_epochs, options.lr_min)
-    found = derive(net)
+    net.drop_path = options.hold_back
     for epoch in keep.epochs(options.search_epochs, net=net, optimizer=optimizer, schedule=schedule, alphas=architect.optimizer):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         net.train()
         batches = zip(data.batches(w_half, steps, keep.step), data.batches(alpha_half, steps, keep.step))
         for (x, target), val in keep.steps(batches):
-            keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
+            if epoch >= options.warm_up:  # without, operations that have nothing to learn are ahead
+                keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
             keep.sums["loss"] += weight_step(net, loss(net(x), target), optimizer, options.clip)
         schedule.step()
-        before, found = found, derive(net)
         log(
-            stage="search", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, alpha_loss=keep.sums["alpha_loss"] / steps,
-            entropy=entropy(net), **skips(found), seconds=time.perf_counter() - started,
+            stage="search", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, **({"alpha_loss": keep.sums["alpha_loss"] / steps} if epoch >= options.warm_up else {}),
+            entropy=entropy(net), **skips(derive(net)), seconds=time.perf_counter() - started,
         )  # fmt: skip
-        if options.skip_limit is not None and max(skips(found).values()) > options.skip_limit:
-            return before  # a cell of skip connections learns fast and generalises badly: the known collapse of DARTS
-    return found
+    return derive(net)
 
 
 def skips(genotype):
@@ -933,7 +932,7 @@ class Progress:
         stage = row["stage"]
         text = f"fold {k} ({self.folds.index(k) + 1}/{len(self.folds)})  {stage:6} {row['epoch']:3}/{self.length[stage]}  {self.time_left():>6} left"
         if stage == "search":
-            text += f"  loss {row['loss']:.3f}, alphas' {row['alpha_loss']:.3f}  entropy {row['entropy']:.3f}"
+            text += f"  loss {row['loss']:.3f}" + (f", alphas' {row['alpha_loss']:.3f}" if "alpha_loss" in row else "") + f"  entropy {row['entropy']:.3f}"
         else:
             text += f"  loss {row['loss']:.3f}  validation UA {100 * row['val_ua']:5.1f}"
         self.say(text, passing=True)
@@ -1166,7 +1165,7 @@ def read_curves(folder, trained):
         with untrusted(file, "delete it, and the report goes without it"), open(file, newline="") as rows:
             for row in csv.DictReader(rows):
                 for _, _, stage, column, _, _ in CURVES:
-                    if row["stage"] == stage:
+                    if row["stage"] == stage and row[column]:  # the alphas have no loss while the weights warm up
                         seen.setdefault((stage, column), {}).setdefault(int(row["epoch"]), []).append(finite(float(row[column])))
     return {name: [values for _, values in sorted(epochs.items())] for name, epochs in seen.items()}
 

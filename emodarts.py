@@ -208,14 +208,17 @@ class MixedOp(nn.Module):
 
 
 def through(op, x, known=None):
-    """op(x). `known` remembers what each module of a sequence has returned for this x, so that the modules that several
-    operations have in common (`Cell.share`) compute once."""
-    if known is None:
-        return op(x)
+    """op(x). `known` remembers what the modules before the first weights have returned for this x, as several operations
+    have them in common (`Cell.share`)."""
+    begins = known is not None
     for module in op if isinstance(op, nn.Sequential) else (op,):
-        if module not in known:
-            known[module] = module(x)
-        x = known[module]
+        begins = begins and not any(True for _ in module.parameters())
+        if begins:
+            if module not in known:
+                known[module] = module(x)
+            x = known[module]
+        else:
+            x = module(x)
     return x
 
 

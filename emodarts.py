@@ -28,7 +28,7 @@ from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,6 +560,9 @@ class Architect:
 
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
     after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val.
+
+    Where torch.distributed is initialised, the ranks share each batch: x is this rank's part of it (it may be empty),
+    `loss` returns this rank's summand of the loss of the whole, and all ranks move the alphas by the same bits.
     """
 
     def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
@@ -620,11 +623,29 @@ class Architect:
     def gradient(self, batch, parameters, masks=None):
         """Loss of a batch and its gradients. `masks`: seed of the dropout masks; without one they are drawn afresh."""
         x, target = batch
+        if not len(x):
+            return reduced(x.new_zeros(()), [torch.zeros_like(p) for p in parameters])
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else [], enabled=masks is not None):
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        return loss.detach(), torch.autograd.grad(loss, parameters)
+        return reduced(loss.detach(), torch.autograd.grad(loss, parameters))
+
+
+def ranks():
+    """-> (number of this rank, number of ranks) that share each batch; (0, 1) without torch.distributed."""
+    there = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+
+
+def reduced(loss, gradients):
+    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
+    if ranks()[1] == 1:
+        return loss, gradients
+    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])
+    distributed.all_reduce(flat)
+    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
+    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
 
 
 @torch.no_grad()

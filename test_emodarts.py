@@ -2248,6 +2248,15 @@ def test_ranks_that_share_the_steps_end_where_one_process_ends(tmp_path, world, 
             torch.testing.assert_close(rank[n]["alphas"], seen[0][n]["alphas"], atol=0, rtol=0)  # after every step, the same bits
 
 
+def test_synchronised_batch_norm_is_in_its_place():
+    """On GPUs only; here it can be seen that edges still share what they shared, and that files and predictions are the same."""
+    net, x = tiny_net().eval(), torch.randn(2, 1, 16, 16)
+    norms, keys, y = [id(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)], list(net.state_dict()), net(x)
+    train.synchronised(net)
+    assert [id(m) for m in net.modules() if isinstance(m, nn.SyncBatchNorm)] == norms and list(net.state_dict()) == keys
+    assert torch.equal(net(x), y)
+
+
 RANKS = """
 import os, signal, sys
 sys.path.insert(0, {here!r})

@@ -1838,7 +1838,7 @@ def run(argv, stop):
         )  # fmt: skip
         return Data(which, store, listing.classes, options.normalise, device)
 
-    again = False
+    again, pause = False, 0.5
     while left:
         theirs, parts, left = [], left, []
         for part in parts:
@@ -1849,7 +1849,8 @@ def run(argv, stop):
         if left:  # the same command was started more than once, or by torchrun: the processes share the work
             if not again:
                 progress.say(f"waits for what others compute: {', '.join(theirs)}")
-            time.sleep(1)
+            pause = min(2 * pause, 15)
+            time.sleep(pause)
         again = True
     if len(plan) > 1 and rank == 0:
         compared(options, folder, plan)
@@ -1900,6 +1901,7 @@ def folds_of(options, listing, other, chosen, device, data_of, folder, settings,
 
 
 def compute(options, listing, other, chosen, device, data_of, folder, settings, stop, there, speaks):
+    """Fold by fold, each under a lock of its own. -> the folds that were left out, as other processes compute them."""
     classes, progress = listing.classes, Progress(options, chosen)
     with torch.device("meta"):
         checkpoint = 8 * sum(p.numel() for p in network(options, len(classes)).weights())  # with a momentum for each weight
@@ -1975,7 +1977,7 @@ def compute(options, listing, other, chosen, device, data_of, folder, settings, 
             model["version"] = {name: str(settings[name]) for name in ("commit", "python", "torch", "torchaudio")}
             for k in members:
                 into = folder / f"fold{k}"
-                into.mkdir(exist_ok=True)
+                agreed(partial(into.mkdir, exist_ok=True))
                 # Everything is chosen: the test speakers are scored, once.
                 entry, cross_entry = {"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, into / "predictions.csv")}, []
                 tests = [run for run in [*runs, entry] if run["trained_as"] == first]

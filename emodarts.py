@@ -28,7 +28,7 @@ from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Cell(nn.Module):
     """
 
     concat = 1  # the axis of C in (N, C, F, T)
-    recompute = False
+    recompute, shares = False, True
 
     def __init__(self, kind, wiring, make, before=(nn.Identity, nn.Identity)):
         super().__init__()
@@ -286,22 +286,25 @@ class Cell(nn.Module):
         for j, edges in enumerate(self.leaving):
             if j >= 2:
                 states.append(reduce(torch.add, arrived[j]))
-            if self.recompute and torch.is_grad_enabled():  # keep the state only, and compute its edges again on the way back
-                outputs = checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
-                    self.leave, j, states[j], weight, p_drop, use_reentrant=False, context_fn=lambda: (nullcontext(), without_statistics(self))
-                )
-            else:
-                outputs = self.leave(j, states[j], weight, p_drop)
+            outputs = []
+            for part in [edges] if self.shares else [[edge] for edge in edges]:
+                if self.recompute and torch.is_grad_enabled():  # keep the state only, and compute its edges again on the way back
+                    outputs += checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
+                        self.leave, part, j, states[j], weight, p_drop, use_reentrant=False,
+                        context_fn=lambda: (nullcontext(), without_statistics(self)),
+                    )  # fmt: skip
+                else:
+                    outputs += self.leave(part, j, states[j], weight, p_drop)
             for (i, _), y in zip(edges, outputs):
                 if weight is None and self.training and p_drop > 0 and "skip_connect" not in self.edges[f"{j}_{i}"].ops:  # a skip keeps the path alive
                     y = drop_path(y, p_drop)
                 arrived[i].append(y)
         return torch.cat(states[2:], dim=self.concat)
 
-    def leave(self, j, x, weight, p_drop):
-        """State j -> the outputs of the edges that leave it. What they have in common is computed once."""
+    def leave(self, edges, j, x, weight, p_drop):
+        """State j -> the outputs of edges that leave it. What they have in common is computed once."""
         known = {}
-        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known, p_drop) for i, row in self.leaving[j]]
+        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known, p_drop) for i, row in edges]
 
 
 class CNNCell(Cell):
@@ -324,6 +327,7 @@ class SeqCell(Cell):
     """(N, T, D), (N, T, D) -> (N, T, D). Adaptive average pooling brings the nodes * D features back to D."""
 
     concat = 2  # the axis of D in (N, T, D)
+    shares = False  # its operations have nothing in common, and less memory is taken when edges are computed again one by one
 
     def __init__(self, wiring, width):
         super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width))
@@ -570,6 +574,9 @@ class Architect:
 
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
     after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val.
+
+    Where torch.distributed is initialised, the ranks share each batch: x is this rank's part of it (it may be empty),
+    `loss` returns this rank's summand of the loss of the whole, and all ranks move the alphas by the same bits.
     """
 
     def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
@@ -630,11 +637,29 @@ class Architect:
     def gradient(self, batch, parameters, masks=None):
         """Loss of a batch and its gradients. `masks`: seed of the dropout masks; without one they are drawn afresh."""
         x, target = batch
+        if not len(x):
+            return reduced(x.new_zeros(()), [torch.zeros_like(p) for p in parameters])
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else [], enabled=masks is not None):
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        return loss.detach(), torch.autograd.grad(loss, parameters)
+        return reduced(loss.detach(), torch.autograd.grad(loss, parameters))
+
+
+def ranks():
+    """-> (number of this rank, number of ranks) that share each batch; (0, 1) without torch.distributed."""
+    there = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+
+
+def reduced(loss, gradients):
+    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
+    if ranks()[1] == 1:
+        return loss, gradients
+    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])
+    distributed.all_reduce(flat)
+    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
+    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
 
 
 @torch.no_grad()

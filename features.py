@@ -197,10 +197,21 @@ def index_csv(file):
         yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=row["split"].lower() if official else None)
 
 
-def generate_smoke(root):
+def generate_smoke(root, there):
     """The corpus of the first minute: voiced sounds, not speech. A train of pulses through four resonances, with a
     melody, a loudness, a tempo and a brightness that depend on the emotion, and a pitch and a vocal tract that depend
-    on the speaker, written as EMO-DB writes its files. It shows that everything runs; it says nothing about speech."""
+    on the speaker, written as EMO-DB writes its files. It shows that everything runs; it says nothing about speech. `there()`: it is."""
+    if there():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "lock", "w") as alone:
+        if fcntl:
+            fcntl.flock(alone, fcntl.LOCK_EX)  # until it is closed: the second of two processes waits, and finds it there
+        if not there():
+            make_smoke(root)
+
+
+def make_smoke(root):
     #          letter: pitch, melody, loudness, syllables/s, spectral tilt
     voices = {"W": (1.35, 0.30, 0.60, 5.5, 0.80), "F": (1.45, 0.45, 0.40, 5.0, 0.88),
               "N": (1.00, 0.12, 0.25, 4.2, 0.94), "T": (0.90, 0.06, 0.12, 3.0, 0.98)}  # fmt: skip
@@ -406,8 +417,8 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
     if protocol == "paper" and not corpus.paper:
         raise InputError(f"{dataset} has no protocol 'paper'; these have: {', '.join(d for d in CORPORA if CORPORA[d].paper)}")
     root = Path(root or Path("data", dataset))
-    if dataset == "smoke" and len(list(corpus.index(root))) != sum(corpus.expected[""].values()):
-        generate_smoke(root)
+    if dataset == "smoke":
+        generate_smoke(root, lambda: len(list(corpus.index(root))) == sum(corpus.expected[""].values()))
     labelled = list(corpus.index(root))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:

@@ -488,7 +488,7 @@ def test_expected_parameters_and_the_penalty():
 
 @pytest.mark.parametrize("searched, fixed", [("cnn", "seq"), ("seq", "normal reduce")])
 def test_an_ablation_searches_the_other_cells_only(searched, fixed):
-    net = train.network(train.parse(["--search", searched, "--channels", "2"]), 4)
+    net = train.network(train.parse(["--search", searched, "--channels", "2", "--cnn-cells", "3"]), 4)
     assert set(net.alpha) == {"normal", "reduce", "seq"} - set(fixed.split())
     given = train.FIXED[searched](2)
     for genotype in (derive(net), emodarts.random_genotype(net)):
@@ -1138,7 +1138,7 @@ def test_halves_are_stratified_and_complete():
 
 
 def tiny_options(*more):
-    sizes = "--channels 2 --cnn-cells 2 --seq-cells 1 --nodes 1 --stem-stride 4 --search-epochs 2 --epochs 2 --seq-space rnn"
+    sizes = "--channels 2 --cnn-cells 2 --seq-cells 1 --nodes 1 --stem-stride 4 --search-epochs 2 --warm-up 0 --epochs 2 --seq-space rnn"
     return train.parse([*sizes.split(), *more])
 
 
@@ -1328,20 +1328,20 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert "a note" in said and said.index("| emodarts") < said.index("| cnn") and all(line in said for line in (tmp_path / "comparison.md").read_text().splitlines())
 
 
-def test_two_processes_share_a_comparison(tmp_path, monkeypatch, capsys):
-    """What another process works on is left for later; when it is done, it is not computed again."""
-    calls, plan = [], iter([True, False])
+def test_parts_of_a_comparison_that_others_compute_are_left_for_later(tmp_path, monkeypatch):
+    """... and the searches come first; when what another process worked on is done, it is not computed again."""
+    calls, busy = [], iter([["fold0 (process 1)"], []])
 
-    def run_one(options, *_):
-        calls.append(options.out)
-        if options.seed == 0 and next(plan):
-            raise train.InUse("in use by another process")
+    def run_one(options, work, argv, stop, again):
+        calls.append(Path(options.out).name)
+        return next(busy) if calls[-1] == "emodarts-seed0" else []
 
+    listing = tiny_data()[0]
     monkeypatch.setattr(train, "run_one", run_one)
-    monkeypatch.setattr(train, "check", lambda options: None)
-    monkeypatch.setattr(train, "compared", lambda *_: None)
-    train.run(["--seeds", "2", "--out", str(tmp_path)], None)
-    assert [Path(call).name for call in calls] == ["emodarts-seed0", "emodarts-seed1", "emodarts-seed0"]
+    monkeypatch.setattr(train, "check", lambda options: (listing, [0, 1], torch.device("cpu")))
+    monkeypatch.setattr(train, "compared", lambda options, folder, plan: calls.append(len(plan)))
+    train.run(["--compare", "--seeds", "2", "--randoms", "1", "--out", str(tmp_path)], None)
+    assert calls[:2] == ["emodarts-seed0", "emodarts-seed1"] and len(set(calls)) == 12 and calls[-2:] == ["emodarts-seed0", 11]
 
 
 def command(*arguments, cwd, code=0):
@@ -1354,7 +1354,7 @@ def command(*arguments, cwd, code=0):
 def finished(tmp_path_factory):
     """The real command, twice with one seed."""
     cwd = tmp_path_factory.mktemp("run")
-    sizes = "--channels 2 --cnn-cells 3 --nodes 1 --stem-stride 4 --search-epochs 1 --epochs 2 --seq-space rnn --window 2"
+    sizes = "--channels 2 --cnn-cells 3 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 2 --seq-space rnn --features mfcc --coefficients 40 --window 2"
     outs = [command(HERE / "train.py", *sizes.split(), "--out", out, cwd=cwd).stdout for out in ("one", "two")]
     return cwd, outs
 
@@ -1416,7 +1416,8 @@ def test_a_second_corpus_is_tested_with_the_same_model(finished, monkeypatch, ca
         assert results["cross"]["folds"][0]["confusion"] == results["folds"][0]["confusion"]
         assert ("unlabelled audio" in capsys.readouterr().out) == (normalise == "speaker") == bool(results["notes"][1:])
         assert results["protocol"] == "standard" and results["normalise"] == normalise
-    assert results["folds"][0]["confusion"] != json.loads((cwd / "one" / "results.json").read_text())["folds"][0]["confusion"]
+    probabilities = [(cwd / run / "fold0" / "predictions.csv").read_text() for run in ("one", "cross-train", "cross-speaker")]
+    assert probabilities[0] == probabilities[1] != probabilities[2]
 
 
 def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monkeypatch):
@@ -1499,7 +1500,7 @@ def test_the_same_seed_gives_the_same_run(finished):
         (("--coefficients", "200"), "200 coefficients; expected 1 to 128"),
         (("--window", "0.1"), "multiple of 0.0625 s"),
         (("--device", "quantum"), "--device quantum cannot be used here"),
-        (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 8 here"),
+        (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 16 here"),
     ],
 )
 def test_bad_input_is_one_clear_line(finished, monkeypatch, capsys, arguments, says):
@@ -1828,11 +1829,11 @@ number = getattr(signal, number)
 train.SAVE_EVERY = 0 if where else 30  # after every step
 if where.startswith("after "):  # seconds after the folder was made
     lock = train.lock
-    def timed(folder):
+    def timed(folder, **more):
         timer = threading.Timer(float(where.split()[1]), os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
-        return lock(folder)
+        return lock(folder, **more)
     train.lock = timed
 elif where:
     module, name, n = where.split()
@@ -1892,6 +1893,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(undisturb
         ("train weight_step 2", "SIGKILL"),  # search: the alphas of this step have moved
         ("train weight_step 1", "SIGTERM"),  # the last step of the epoch
         ("os fsync 2", "SIGKILL"),  # in the middle of writing a checkpoint
+        ("train train 1", "SIGKILL"),  # between search and training
         ("train weight_step 5", "SIGINT"),  # training
         ("train weight_step 3", "SIGKILL"),
         ("train score 1", "SIGKILL"),
@@ -1922,15 +1924,26 @@ def test_a_finished_run_prints_its_table_and_trains_nothing(undisturbed, monkeyp
     assert left_behind(cwd, "whole") == before
 
 
-def test_a_run_folder_belongs_to_one_process(undisturbed, monkeypatch, capsys):
-    cwd, _ = undisturbed
-    monkeypatch.chdir(cwd)
-    assert (cwd / "whole" / "lock").read_text().isdigit()  # of a process that is dead
-    _, locked = train.run_folder(train.parse([*TINY, "--out", "whole"]), {})
-    assert train.main([*TINY, "--out", "whole"]) == 2
-    assert f"whole is in use by another process ({os.getpid()}); wait for it" in capsys.readouterr().err
-    locked.close()
-    assert train.main([*TINY, "--out", "whole"]) == 0
+def test_processes_share_a_run_folder(undisturbed):
+    """Two processes find fold 0 taken: one of them computes fold 1, and both wait. When fold 0 is free one of them takes
+    it, both print the table, and all files are those of a single process."""
+    cwd, said_alone = undisturbed
+    (cwd / "shared" / "fold0").mkdir(parents=True)
+    held = train.lock(cwd / "shared" / "fold0")
+    outs = [cwd / "first.txt", cwd / "second.txt"]
+    processes = [subprocess.Popen([sys.executable, cwd / "driver.py", "", "SIGKILL", *TINY, "--out", "shared", "--cache", "cache-shared"], cwd=cwd,
+                                  stdout=open(out, "w"), stderr=subprocess.DEVNULL) for out in outs]  # fmt: skip
+    waits, deadline = "waits for what others compute: ", time.time() + 120
+    while not all(waits in out.read_text() for out in outs) and time.time() < deadline:
+        time.sleep(0.1)
+    held.close()
+    assert [process.wait(120) for process in processes] == [0, 0]
+    said = [out.read_text() for out in outs]
+    assert [sum(text.count(f"fold {k}: found in") for text in said) for k in (0, 1)] == [1, 1]
+    assert all(f"shared/fold0 (process {os.getpid()} on " in re.search(waits + ".*", text)[0] for text in said)
+    table = [line.split("  ")[0] for line in said_alone.splitlines()[-8:]]  # without seconds
+    assert all([line.split("  ")[0] for line in text.replace("shared", "whole").splitlines()[-8:]] == table for text in said)
+    assert left_behind(cwd, "shared") == left_behind(cwd, "whole")
 
 
 @pytest.fixture
@@ -2025,7 +2038,7 @@ def test_files_that_are_not_what_they_should_be_are_one_clear_line(stopped, caps
 
     results = json.loads((folder / "results.json").read_text())
     for name, change in {
-        "list": "[]", "cut": "{", "deep": "[" * 100_000, "latin": b"\xff", "number": "1" * 5000, "another run": {"folds": results["folds"][1:]},
+        "list": "[]", "cut": "{", "deep": "[" * 100_000, "latin": b"\xff", "number": "1" * 5000, "another run": {"folds": [{**results["folds"][0], "fold": 7}]},
         "accuracy": {"folds": [{**results["folds"][0], "ua": 1.5}]}, "confusion": {"folds": [{**results["folds"][0], "confusion": [[10**30] * 4] * 4}]},
         "genotype": {"folds": [{**results["folds"][0], "genotype": {"seq": 1}}]}, "name": {"folds": [{**results["folds"][0], "name": None}]},
     }.items():  # fmt: skip
@@ -2178,3 +2191,126 @@ def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
     feed("pickle", 300, inside[pickled], tokens, read)
     assert sum(counts.values()) == 2700
     assert min(counts[f"{kind}: {answer}"] for kind in ("genotype", *label_files, "wav", "pickle") if kind != "iemocap" for answer in ("used", "refused")) > 0, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes that share each step
+
+
+def shared(order, size):
+    """Some steps of search and training in float64, without dropout, BN in evaluation mode; the classes are not balanced."""
+    options = tiny_options(*f"--dropout 0 --drop-path 0 --no-shift --masks 0 --search-epochs 1 --epochs 1 --size-penalty 9 --clip 1 --order {order}".split(),
+                           "--batch", str(size))  # fmt: skip
+    listing, data = tiny_data()
+    single = SimpleNamespace(batch=data.batch, class_weights=data.class_weights)
+    data.batch, data.class_weights = lambda windows: single.batch(windows).double(), lambda members: single.class_weights(members).double()
+    fold = folds(listing)[1]
+    members = [i for i in fold.train if i % 3 or i % 8 < 2]
+    data.standardise_by(members)
+    train.seed(options, 1, 0)
+    alphas, logged, step = [], [], train.weight_step
+
+    def spy(net, *args):
+        alphas.append([a.detach().clone() for a in getattr(net, "alphas", list)()])
+        return step(net, *args)
+
+    def still(net):
+        nn.Module.train(net.double(), False)
+        net.train = lambda mode=True: net
+        return net
+
+    supernet = still(train.network(options, 4))
+    train.weight_step = spy
+    train.search(supernet, data, members, options, lambda **row: logged.append([row["loss"], row["alpha_loss"]]))
+    torch.manual_seed(1)
+    net = still(train.network(options, 4, random_genotype(1)))
+    train.train(net, data, members, fold.validation, options, lambda **row: logged.append([row["loss"], row["val_ua"]]))
+    train.weight_step = step
+    return {"alphas": alphas, "logged": torch.tensor(logged), "supernet": supernet.state_dict(), "net": net.state_dict()}
+
+
+def tiny_net():
+    torch.manual_seed(0)
+    return train.network(tiny_options(), 4)
+
+
+def shared_by(rank, world, folder, cases):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save([shared(*case) for case in cases], folder / f"rank{rank}.pt")
+    keep = train.Keeper(torch.device("cpu"))
+    keep.parts = {"net": tiny_net()}
+    keep.pause()
+    with torch.no_grad():
+        keep.parts["net"].alpha["seq"][0, 0] += 1e-7 * rank
+    with pytest.raises(train.Apart):
+        keep.pause()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world, cases", [(2, [(1, 3), (2, 3)]), (3, [(1, 4), (2, 2)])])  # batches of 2 leave the third rank none
+def test_ranks_that_share_the_steps_end_where_one_process_ends(tmp_path, world, cases):
+    torch.multiprocessing.spawn(shared_by, (world, tmp_path, cases), world)
+    seen = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
+    for n, case in enumerate(cases):
+        alone = shared(*case)
+        assert len(alone["alphas"]) > 8 and not torch.equal(alone["alphas"][0][0], alone["alphas"][2][0])
+        for rank in seen:
+            torch.testing.assert_close(rank[n], alone, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(rank[n]["alphas"], seen[0][n]["alphas"], atol=0, rtol=0)  # after every step, the same bits
+
+
+def test_synchronised_batch_norm_is_in_its_place():
+    """On GPUs only; here it can be seen that edges still share what they shared, and that files and predictions are the same."""
+    net, x = tiny_net().eval(), torch.randn(2, 1, 16, 16)
+    norms, keys, y = [id(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)], list(net.state_dict()), net(x)
+    train.synchronised(net)
+    assert [id(m) for m in net.modules() if isinstance(m, nn.SyncBatchNorm)] == norms and list(net.state_dict()) == keys
+    assert torch.equal(net(x), y)
+
+
+RANKS = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import torch, train
+train.SAVE_EVERY = 0
+calls, real = [], train.weight_step
+def deadly(*args):
+    calls.append(1)
+    if (os.environ["RANK"], len(calls)) == ("1", 3) and sys.argv[1] == "faults":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    return real(*args)
+train.weight_step = deadly
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def torchrun(cwd, out, *more, faults="", restarts=0, code=0):
+    (cwd / "ranks.py").write_text(RANKS.format(here=str(HERE)))
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts} ranks.py".split()
+    argv = [*launch, faults, *TINY, "--out", out, "--cache", f"cache-{out}", *more]
+    return command(*argv, cwd=cwd, code=code)
+
+
+def test_ranks_take_whole_folds_where_there_are_enough(undisturbed):
+    cwd, _ = undisturbed
+    done = torchrun(cwd, "folds")
+    assert left_behind(cwd, "folds") == left_behind(cwd, "whole")
+    assert done.stdout.count("pooled") == 1 and done.stderr.count("warning: emodb") == 1
+    assert re.search(r"^rank [01]: fold 0: found in", done.stdout, re.M) and re.search(r"^ranks +2, each takes folds of its own", done.stdout, re.M)
+
+
+def test_a_rank_that_dies_is_named_and_the_restarted_job_ends_as_if_it_had_not(undisturbed):
+    """It is killed, and then has no memory; each time the job goes on from the last checkpoint."""
+    cwd, _ = undisturbed
+    undied = torchrun(cwd, "steps", "--folds", "0")
+    assert undied.stdout.count("fold 0: found in") == undied.stdout.count("pooled") == 1 and "2, which share each step" in undied.stdout
+    died = torchrun(cwd, "died", "--folds", "0", faults="faults", restarts=2)
+    errors = [line for line in died.stderr.splitlines() if re.match(r"rank \d: error", line)]
+    assert len(errors) == 1 and errors[0].startswith("rank 1: error: CUDA out of memory") and "Traceback" not in died.stderr, died.stderr
+    assert left_behind(cwd, "steps") == left_behind(cwd, "died")
+    log = list(csv.DictReader(open(cwd / "steps" / "fold0" / "log.csv")))
+    assert [(row["stage"], row["epoch"]) for row in log] == [("search", "1"), ("search", "2"), ("train", "1"), ("train", "2")]

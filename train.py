@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -29,10 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +44,10 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from scipy import stats
-from torch import nn
+from torch import distributed, nn
 
 import features
-from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive, expected_parameters, random_genotype
+from emodarts import Architect, Genotype, Network, SEQ_SPACES, derive, expected_parameters, random_genotype, ranks, reduced
 from features import CORPORA, InputError, fcntl
 
 try:
@@ -381,16 +385,18 @@ class Data:
 
     def batches(self, utterances, steps, skip=0):
         """All windows of `utterances`, shuffled, in `steps` batches of equal size: pairs (x, target). The order is drawn at
-        once; the first `skip` batches are left out. `drawn` says of which utterances the last two batches were."""
+        once; the first `skip` batches are left out. `drawn` says of which utterances the last two batches were. Where ranks
+        share a batch, x is this rank's part, perhaps an empty one, and `target` that of the whole."""
         window, of = self.store.windows_of(utterances)
         target = torch.from_numpy(self.labels[utterances][of])
         rounds = -(-steps // len(window))
         order = torch.cat([torch.randperm(len(window)) for _ in range(rounds)])
+        rank, world = ranks()
 
         def made():
             for part in order.tensor_split(steps)[skip:]:
                 self.drawn = (*self.drawn, [utterances[i] for i in of[part.numpy()]])[-2:]
-                yield self.batch(torch.from_numpy(window)[part]), target[part].to(self.device)
+                yield self.batch(torch.from_numpy(window)[part.tensor_split(world)[rank]]), target[part].to(self.device)
 
         return made()
 
@@ -460,6 +466,83 @@ def predict(net, data, utterances, batch=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes. Folds are shared by whoever runs the same command, with no communication but files; the ranks of
+# `torchrun`, where they are more than there are folds, share each step of all folds (`ranks`, data parallel).
+
+
+def torchrun():
+    """-> (number of this process, number of processes) of torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share_steps(options, device):
+    """From here on `ranks` are those of torchrun."""
+    rank, world = torchrun()
+    if device.type == "cuda":
+        if world > (options.batch + 1) // 2:  # batches of equal size can be half of --batch; SyncBatchNorm waits for every rank
+            raise InputError(f"{world} ranks share batches of --batch {options.batch}, and each needs a part; give --batch {2 * world}, or fewer ranks")
+        torch.cuda.set_device(device)
+    patience = timedelta(minutes=30)  # with a rank that hangs; one that ends is noticed at once
+    try:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=patience))
+        store = own_store(store, rank, world, time.time() + patience.total_seconds())
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the {world} ranks do not find each other ({str(error).splitlines()[0]})") from None
+
+
+def own_store(store, rank, world, deadline):
+    """The part of torchrun's store that belongs to this start of the ranks. After a restart (torch 2.11) the store still holds
+    the addresses of processes that are dead; so the first rank answers each rank's own number with one for all."""
+    mine = os.urandom(8).hex()
+
+    def read(key):
+        return store.get(key).decode() if store.check([key]) else ""
+
+    store.set(f"here {rank}", mine)
+    while time.time() < deadline:
+        for r in range(1, world) if rank == 0 else ():
+            store.set(f"answer {r}", f"{read(f'here {r}')} {mine}")
+        asked, _, common = read(f"answer {rank}").partition(" ")
+        if rank and asked == mine:
+            store.set(f"ready {rank}", common)
+            return distributed.PrefixStore(common, store)
+        if not rank and all(read(f"ready {r}") == mine for r in range(1, world)):
+            return distributed.PrefixStore(mine, store)
+        time.sleep(0.05)
+    raise ValueError("one did not come")
+
+
+def agreed(f, *args):
+    """f(*args). Where ranks share the steps, the first one alone calls it, and all get what it returns."""
+    rank, world = ranks()
+    out = [f(*args) if rank == 0 else None]
+    if world > 1:
+        distributed.broadcast_object_list(out)
+    return out[0]
+
+
+def synchronised(net):
+    """Batch norm over the whole of a batch that ranks share, on GPUs: torch has it for nothing else, and on a CPU each rank
+    normalises by its own part. In place, as edges share modules."""
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__, module.process_group = nn.SyncBatchNorm, None
+    return net
+
+
+def lost(error):
+    """Whether the error is that of a collective, i.e. most likely of another rank."""
+    return ranks()[1] > 1 and Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts[-3:-1] == ("torch", "distributed")
+
+
+def hold(seconds):
+    """Lets another rank speak first: torchrun ends this one as soon as that one has ended with its error."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What outlives the process: files that are whole or not there, a checkpoint from which the next process goes on with the
 # very next step, a lock, and signals that wait for the end of a step. What is read back is not trusted: it is loaded
 # without executing anything and must have the form of what is expected.
@@ -469,7 +552,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(file, content):
-    """Writes bytes, or what the function `content` writes. Whenever the process dies, the file is the old one or the new one."""
+    """Writes bytes, or what the function `content` writes. Whenever the process dies, the file is the old one or the new one.
+    Of ranks that share the steps the first one alone writes."""
+    if ranks()[0]:
+        return
     part = file.with_name(file.name + ".part")
     try:
         with open(part, "wb") as out:
@@ -483,21 +569,22 @@ def write(file, content):
 
 
 class InUse(InputError):
-    """Another process works in the folder."""
+    """Another process works on the fold."""
 
 
-def lock(folder):
+def lock(folder, wait=False):
     """-> an open file. Until it is closed no other process gets it; the lock of a dead process is free."""
     locked = open(folder / "lock", "a+", errors="replace")
     if fcntl:  # Windows has no such lock; there, two processes are not kept apart
         try:
-            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(locked, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             locked.seek(0)
-            pid = re.sub(r"\D", "", locked.read(20))
-            raise InUse(f"{folder} is in use by another process ({pid}); wait for it, stop it, or give another --out") from None
+            who = re.sub(r"[^\w .-]", "", locked.read(80))
+            locked.close()
+            raise InUse(f"{folder} (process {who})") from None
     locked.truncate(0)
-    locked.write(str(os.getpid()))
+    locked.write(f"{os.getpid()} on {platform.node()}")
     locked.flush()
     return locked
 
@@ -507,13 +594,14 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Handles SIGTERM and Ctrl-C: at once, or after the step when there is one (`later`). A second one does not wait."""
+    """Handles SIGTERM and Ctrl-C: at once, or after the step when there is one (`later`). A second one does not wait, but
+    where ranks share the steps: torchrun passes Ctrl-C on to processes that have had it."""
 
     signal, later = None, False
 
     def __call__(self, number, frame):
         first, self.signal = self.signal is None, number
-        if not (first and self.later):
+        if not ((first or ranks()[1] > 1) and self.later):
             raise Stopped(number)
 
 
@@ -577,7 +665,8 @@ class Keeper:
     `run` names run and fold, so that the file of another one is refused. Without a file nothing is saved.
 
     When a stage goes on within an epoch, the random state is first that of the epoch's `begin`, so that the orders of its
-    batches are drawn again, and then that of `now`.
+    batches are drawn again, and then that of `now`. Where ranks share the steps, each has a state of its own (for dropout)
+    that is drawn anew for each step, from one that all have in common.
     """
 
     KEPT = ("run", "stage", "genotype", "epoch", "step", "begin", "sums", "best", "best_weights", "rows", "seconds")
@@ -652,19 +741,44 @@ class Keeper:
 
     def steps(self, batches):
         """The batches that are left of this epoch, i.e. made with the first `step` skipped."""
-        if self.step:
+        rank, world = ranks()
+        if world > 1:
+            drawn, common = int(torch.randint(2**62, ())), self.random()
+        elif self.step:
             self.set_random(self.now)
         for batch in batches:
+            if world > 1:
+                torch.manual_seed(drawn + self.step * world + rank)
             yield batch
             self.step += 1
             self.pause()
+        if world > 1:
+            self.set_random(common)
 
     def pause(self, last=False):
         """Between two steps: saves if it is time."""
-        if self.file and (last or self.stop.signal or time.perf_counter() - self.saved >= self.wait):
+        signal, due = self.together(self.stop.signal or 0, last or time.perf_counter() - self.saved >= self.wait)
+        if self.file and (signal or due):
             self.save(self.file)
-        if self.stop.signal:
-            raise Stopped(self.stop.signal)
+        if signal:
+            raise Stopped(signal)
+
+    def together(self, signal, due):
+        """Where ranks share the steps: the signal that any of them has got, and whether it is time on the first one's clock.
+        Refuses to go on when their alphas, or the last of their weights, are no longer the same bits."""
+        rank, world = ranks()
+        if world == 1:
+            return signal, due
+        held = [*getattr(self.parts["net"], "alphas", list)(), self.parts["net"].weights()[-1]]
+        bits = torch.cat([p.detach().flatten().view(torch.int32) for p in held]).long()
+        mark = (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()[None]
+        state = torch.cat([torch.tensor([signal, due and rank == 0], device=mark.device), mark, -mark])
+        distributed.all_reduce(state, distributed.ReduceOp.MAX)
+        signal, due, highest, lowest = state.tolist()
+        if highest != -lowest:
+            raise Apart(f"{self.run}, {self.stage}, epoch {self.epoch + 1}, step {self.step}: the ranks' alphas or weights differ, which a fault of "
+                        "this program or of a machine must have done; the last checkpoint is whole")  # fmt: skip
+        return signal, due
 
     def save(self, file):
         now = time.perf_counter()
@@ -689,7 +803,7 @@ def search(net, data, train, options, log, keep=None):
     steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
 
     def loss(logits, target):
-        return F.cross_entropy(logits, target, class_weights)
+        return cross_entropy(logits, target, class_weights)
 
     def penalty():
         return options.size_penalty * expected_parameters(net) / 1e6
@@ -707,7 +821,7 @@ def search(net, data, train, options, log, keep=None):
         for (x, target), val in keep.steps(batches):
             if epoch >= options.warm_up:  # without, operations that have nothing to learn are ahead
                 keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
-            keep.sums["loss"] += weight_step(net, loss(net(x), target), optimizer, options.clip)
+            keep.sums["loss"] += weight_step(net, loss(logits_of(net, x, data), target), optimizer, options.clip)
         schedule.step()
         log(
             stage="search", epoch=epoch + 1, lr=lr, loss=keep.sums["loss"] / steps, **({"alpha_loss": keep.sums["alpha_loss"] / steps} if epoch >= options.warm_up else {}),
@@ -737,7 +851,7 @@ def train(net, data, train, validation, options, log, keep=None):
         net.train()
         net.drop_path = options.drop_path * epoch / options.epochs
         for x, target in keep.steps(data.batches(train, steps, keep.step)):
-            loss = F.cross_entropy(net(augmented(x, options)), target, class_weights, label_smoothing=options.label_smoothing)
+            loss = cross_entropy(logits_of(net, augmented(x, options), data), target, class_weights, options.label_smoothing)
             keep.sums["loss"] += weight_step(net, loss, optimizer, options.clip)
         schedule.step()
         seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
@@ -765,14 +879,33 @@ def augmented(x, options):
     return x
 
 
+def cross_entropy(logits, target, weight, smoothing=0.0):
+    """The class-weighted mean over a batch. Where ranks share it, this rank's summand: `logits` of its part, `target` of all."""
+    rank, world = ranks()
+    if world == 1:
+        return F.cross_entropy(logits, target, weight, label_smoothing=smoothing)
+    mine = target.tensor_split(world)[rank]
+    return F.cross_entropy(logits, mine, weight, reduction="sum", label_smoothing=smoothing) / weight[target].sum()
+
+
+def logits_of(net, x, data):
+    """net(x); of an empty part of a batch without running the network."""
+    return net(x) if len(x) else x.new_zeros(0, len(data.classes), requires_grad=True)
+
+
 def weight_step(net, loss, optimizer, clip):
     """One step of the weights, and of nothing else: -> the loss, a float. In a search the alphas get no gradient."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=net.weights())
-    norm = torch.nn.utils.clip_grad_norm_(net.weights(), clip)
+    w = net.weights()
+    loss.backward(inputs=w)
+    if ranks()[1] > 1:  # clipped is the gradient of the whole batch
+        loss, gradients = reduced(loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in w])
+        for p, g in zip(w, gradients):
+            p.grad = torch.empty_like(p).copy_(g)  # in the memory format of the weight
+    norm = torch.nn.utils.clip_grad_norm_(w, clip)
     value = finite(loss.item())
     finite(norm.item(), "norm of the gradient")
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # now, as it is as large as the weights, and the alphas' step needs no such thing
     return value
 
 
@@ -784,6 +917,10 @@ def finite(value, what="loss"):
 
 class NotFinite(Exception):
     """A number that no step can be made with."""
+
+
+class Apart(Exception):
+    """Ranks that share the steps do not hold the same network any more."""
 
 
 def entropy(net):
@@ -800,7 +937,8 @@ def fit(k, fold, data, options, folder, progress, keep):
     -> (the network, what model.pt holds, what results.json says of it)."""
     data.standardise_by(fold.train)
     reset_peak(data.device)
-    with open(folder / "log.csv", "w", newline="") as file:
+    shared_on_gpu = ranks()[1] > 1 and data.device.type == "cuda"
+    with open(os.devnull if ranks()[0] else folder / "log.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
         with keep.untrusted():
@@ -820,6 +958,7 @@ def fit(k, fold, data, options, folder, progress, keep):
             if keep.stage == "search" and searches(options):
                 seed(options, k, 0)
                 supernet = network(options, len(data.classes)).to(data.device, memory_format=torch.channels_last)
+                supernet = synchronised(supernet) if shared_on_gpu else supernet
                 genotype = search(supernet, data, fold.train, options, log, keep)
                 keep.found_genotype(genotype)
                 progress.say(f"fold {k}: found in {keep.seconds['search']:.0f} s\n{genotype}")
@@ -834,6 +973,7 @@ def fit(k, fold, data, options, folder, progress, keep):
 
             seed(options, k, 1)
             net = final_network(options, len(data.classes), genotype).to(data.device, memory_format=torch.channels_last)
+            net = synchronised(net) if shared_on_gpu else net
             epoch = train(net, data, fold.train, fold.validation, options, log, keep)
         except NotFinite as error:
             keep.save(folder / "not-finite.pt")
@@ -917,11 +1057,17 @@ class Progress:
     """One line an epoch; on a terminal the line overwrites the one before, and says how much time is left."""
 
     def __init__(self, options, chosen):
-        self.terminal, self.quiet = sys.stdout.isatty(), options.quiet
+        rank, world = torchrun()
+        self.terminal, self.quiet = sys.stdout.isatty() and world == 1, options.quiet or ranks()[0] > 0
+        self.prefix, self.sharing = (f"rank {rank}: ", world) if world > ranks()[1] else ("", 1)
         self.length = {"search": options.search_epochs if searches(options) else 0, "train": options.epochs}
-        self.left = {stage: epochs * len(chosen) for stage, epochs in self.length.items()}
+        self.begin(len(chosen))
         self.seconds = {"search": [], "train": []}
         self.folds = chosen
+
+    def begin(self, folds):
+        """So many folds are not finished yet."""
+        self.left = {stage: epochs * folds for stage, epochs in self.length.items()}
 
     def count(self, rows):
         for row in rows:
@@ -942,7 +1088,7 @@ class Progress:
         """Epochs left times what an epoch took; before the first training epoch half a search epoch is assumed."""
         mean = {stage: sum(s) / len(s) if s else None for stage, s in self.seconds.items()}
         mean["train"] = mean["train"] or 0.5 * mean["search"]
-        return duration(sum(max(0, self.left[stage]) * (mean[stage] or 0) for stage in self.left))
+        return duration(sum(max(0, self.left[stage]) * (mean[stage] or 0) for stage in self.left) / self.sharing)
 
     def say(self, text, passing=False):
         if self.quiet:
@@ -951,7 +1097,7 @@ class Progress:
             text = text[: shutil.get_terminal_size().columns - 1] if passing else text  # a line that wraps cannot be overwritten
             print("\r\033[K" + text, end="" if passing else "\n", flush=True)
         else:
-            print(text, flush=True)
+            print(text and self.prefix + text, flush=True)
 
 
 def duration(seconds):
@@ -1048,14 +1194,16 @@ def estimate(options, windows, parts, chosen, classes, device, patience):
         ):  # fmt: skip
             steps[stage] += epochs * -(-int(windows[list(members)].sum()) // options.batch)
     reset_peak(device)
+    size = -(-options.batch // ranks()[1])
     with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same networks on all ranks
         if searches(options):
             supernet = network(options, classes).to(device, memory_format=torch.channels_last)
             architect, genotype = Architect(supernet, F.cross_entropy, order=options.order), derive(supernet)
         else:
             supernet, genotype = None, given_genotype(options) or drawn_genotype(options)
         derived = final_network(options, classes, genotype).to(device, memory_format=torch.channels_last)
-        batch = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device), torch.arange(options.batch, device=device) % classes
+        batch = torch.randn(size, 1, *feature_settings(options).shape, device=device), torch.arange(size, device=device) % classes
 
         def weights_move(net):
             optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
@@ -1063,7 +1211,9 @@ def estimate(options, windows, parts, chosen, classes, device, patience):
             def step():
                 if net is supernet:
                     architect.step(batch, batch, xi=options.search_lr)
-                F.cross_entropy(net(batch[0]), batch[1]).backward(inputs=net.weights())
+                loss = F.cross_entropy(net(batch[0]), batch[1])
+                loss.backward(inputs=net.weights())
+                reduced(loss.detach(), [p.grad for p in net.weights() if p.grad is not None])
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -1076,7 +1226,7 @@ def estimate(options, windows, parts, chosen, classes, device, patience):
                 steps[stage] = seconds[stage] = 0
                 continue
             begun = time.perf_counter()
-            while not seconds.get(stage) or time.perf_counter() - begun < patience:
+            while not seconds.get(stage) or agreed(lambda: time.perf_counter() - begun < patience):
                 started = time.perf_counter()
                 step()
                 if device.type == "cuda":
@@ -1104,6 +1254,9 @@ def outlook(options, listing, parts, chosen, device, patience):
     )
     total, steps, peak = estimate(options, windows, parts, chosen, len(listing.classes), device, patience)
     kinds = ", ".join(f"{steps[stage][0]:,} {stage} steps of {steps[stage][1]:.2g} s" for stage in ("search", "training"))
+    rank, world = torchrun()
+    if world > 1 and not options.dry_run:
+        yield f"ranks     {world}, " + ("which share each step" if ranks()[1] > 1 else "each takes folds of its own; the cost is that of one rank alone")
     yield f"cost      about {duration(total)} on {device} ({kinds}); peak memory {f'about {peak:.1f} GB' if peak else 'unknown'}"
     both = [f"--{name.replace('_', '-')} {less}" for name, high, less in (
         ("stem_stride", options.stem_stride == 1, 2), ("order", options.order == 2, 1), ("seq_space", options.seq_space == "all", "rnn"),
@@ -1581,11 +1734,15 @@ def out_folder(options):
 
 
 def run_folder(options, settings):
-    """Makes the folder of the run. One that already holds a run with other settings is refused: nothing is lost. -> (the
-    folder, an open file: as long as it is open, no other process gets the folder; the lock of a dead process is free)."""
+    """Makes the folder of the run. One that already holds a run with other settings is refused: nothing is lost."""
     mine, folder = settings_of(options), out_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
-    locked = lock(folder)
+    with lock(folder, wait=True):
+        check_settings(folder, mine, settings)
+    return folder
+
+
+def check_settings(folder, mine, settings):
     if (folder / "settings.json").exists():
         with untrusted(folder / "settings.json", "give another --out, or delete the folder"):
             theirs = json.loads((folder / "settings.json").read_text())["options"]
@@ -1596,7 +1753,6 @@ def run_folder(options, settings):
         raise InputError(f"{folder} holds a results.json and no settings.json that would say of what; give another --out")
     else:  # those that the run was begun with stay
         write(folder / "settings.json", (json.dumps(settings, indent=1) + "\n").encode())
-    return folder, locked
 
 
 def finished(file, options, chosen, classes):
@@ -1606,8 +1762,9 @@ def finished(file, options, chosen, classes):
     with untrusted(file, "move it away, and the run starts anew"):
         results = json.loads(file.read_text())
         runs, cross, notes = results["folds"], results["cross"]["folds"] if options.test_dataset else [], results["notes"]
+        done = [run["fold"] for run in runs]
         for entries in (runs, cross) if options.test_dataset else (runs,):
-            must([run["fold"] for run in entries] == chosen[: len(runs)], "not the folds of this run")
+            must([run["fold"] for run in entries] == [k for k in chosen if k in done], "not the folds of this run")
         for run in (*runs, *cross):
             confusion = np.array(run["confusion"])
             must(confusion.shape == (len(classes),) * 2 and confusion.dtype.kind == "i" and confusion.min() >= 0, "not a confusion matrix")
@@ -1641,6 +1798,8 @@ def versions():
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun: each process of a machine takes a GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -1649,97 +1808,132 @@ def pick_device(name):
 
 
 def run(argv, stop):
-    options = parse(argv)
+    options, (rank, world) = parse(argv), torchrun()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if rank and (options.benchmark or options.predict or options.from_ or options.json or options.dry_run):
+        return  # one process is enough
     if options.benchmark:
         return benchmark(options)
     if options.predict or options.from_ or options.json:
         return use(options)
-    with tempfile.TemporaryDirectory() if options.dry_run and options.dataset == "smoke" else nullcontext() as folder:  # it is generated where it is not there
-        options.root = options.root or folder
-        everything = check(options)
-        if options.scale == "paper" and everything[2].type == "cpu":
+    with ExitStack() as stack:
+        if rank:  # warnings are said once
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        if options.dry_run and options.dataset == "smoke":  # it is generated where it is not there
+            options.root = options.root or stack.enter_context(tempfile.TemporaryDirectory())
+        listing, chosen, device = check(options)
+        if options.scale == "paper" and device.type == "cpu":
             print("warning: paper scale without a GPU; one step may take minutes, and the run weeks", file=sys.stderr, flush=True)
         if options.recompute:
             return_freed_memory()
         if options.dry_run:
-            return dry_run(options, *everything)
+            return dry_run(options, listing, chosen, device)
+        other = second_corpus(options, listing)
     if options.compare:
         plan = [(model, options.seed + n) for n in range(options.seeds) for model in MODELS if model != "random"]
         plan += [("random", options.seed + n) for n in range(options.randoms)]
     else:
         plan = [(options.model, options.seed + n) for n in range(options.seeds)]
-    if plan == [(options.model, options.seed)]:
-        return run_one(options, everything, argv, stop)
-    folder, left = out_folder(options), list(plan)
+    folder, left = out_folder(options), [options]
+    if len(plan) > 1:
+        left = [replace(options, model=model, seed=number, out=str(folder / f"{model}-seed{number}"),
+                        genotype=options.genotype if model == options.model else None) for model, number in plan]  # fmt: skip
+        left.sort(key=lambda part: not searches(part))  # the longest first: nobody shall wait for them at the end
+    trainings = len(chosen) if options.poison else len(set(trained_as(features.folds(listing), chosen).values()))
+    if trainings * len(plan) < world:
+        share_steps(options, device)
+    progress = Progress(options, chosen)
+
+    @cache
+    def data_of(second):
+        """The corpus, or the second one. All models and seeds have it in common."""
+        which = other if second else listing
+        store = features.load(
+            which, feature_settings(options), options.cache, options.workers, options.skip_bad,
+            lambda text: progress.terminal and progress.say(text, passing=True),
+        )  # fmt: skip
+        return Data(which, store, listing.classes, options.normalise, device)
+
+    again, pause = False, 0.5
     while left:
-        busy = []
-        for model, number in left:
-            part = replace(options, model=model, seed=number, out=str(folder / f"{model}-seed{number}"))
-            if model != options.model:
-                part.genotype = None
-            print(f"\n{model}, seed {number}", flush=True)
-            try:
-                run_one(part, everything, argv, stop)
-            except InUse as error:
-                print(error)
-                busy.append((model, number))
-        if len(busy) == len(left):  # the same command was started twice: the two share the work
-            time.sleep(5)
-        left = busy
-    compared(options, folder, plan)
+        theirs, parts, left = [], left, []
+        for part in parts:
+            if len(plan) > 1 and not again and rank == 0:
+                print(f"\n{part.model}, seed {part.seed}", flush=True)
+            others = run_one(part, (listing, other, chosen, device, data_of), argv, stop, again)
+            theirs, left = theirs + others, left + [part] * bool(others)
+        if left:  # the same command was started more than once, or by torchrun: the processes share the work
+            if not again:
+                progress.say(f"waits for what others compute: {', '.join(theirs)}")
+            pause = min(2 * pause, 15)
+            time.sleep(pause)
+        again = True
+    if len(plan) > 1 and rank == 0:
+        compared(options, folder, plan)
 
 
-def run_one(options, everything, argv, stop):
-    """All folds of one model with one seed, in a folder of their own."""
-    listing, chosen, device = everything
-    other = None
-    if options.test_dataset:
-        other = features.read_corpus(options.test_dataset, options.test_root, options.classes, strict=options.strict)
-        if not set(other.classes) <= set(listing.classes):
-            raise InputError(
-                f"{options.test_dataset} has the classes {', '.join(other.classes)}, and {options.dataset} those to train on: "
-                f"{', '.join(listing.classes)}; every class that is tested must be trained"
-            )
+def second_corpus(options, listing):
+    if not options.test_dataset:
+        return None
+    other = features.read_corpus(options.test_dataset, options.test_root, options.classes, strict=options.strict)
+    if not set(other.classes) <= set(listing.classes):
+        raise InputError(
+            f"{options.test_dataset} has the classes {', '.join(other.classes)}, and {options.dataset} those to train on: "
+            f"{', '.join(listing.classes)}; every class that is tested must be trained"
+        )
+    return other
+
+
+def trained_as(parts, chosen):
+    """{fold: the first one that has the same training}: MSP-Podcast's test sets are scored by one and the same network."""
+    return {k: next(j for j in chosen if (parts[j].train, parts[j].validation) == (parts[k].train, parts[k].validation)) for k in chosen}
+
+
+def run_one(options, work, argv, stop, again=False):
+    """All folds of one model with one seed, in a folder of their own. -> which of them other processes compute, as texts."""
     if options.deterministic:  # where a GPU has no deterministic algorithm, torch warns and names the operation
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+        torch.use_deterministic_algorithms(True, warn_only=work[3].type != "cpu")
     settings = {"options": asdict(options), "command": shlex.join(["python", "train.py", *argv]), **versions()}
-    folder, locked = run_folder(options, settings)
-    with locked:
-        folds_of(options, listing, other, chosen, device, folder, settings, stop)
+    return folds_of(options, *work, agreed(run_folder, options, settings), settings, stop, again)
 
 
-def folds_of(options, listing, other, chosen, device, folder, settings, stop):
-    classes = listing.classes
-    runs, cross, notes = finished(folder / "results.json", options, chosen, classes)
-    if len(runs) == len(chosen):
-        write_report(folder)
-        if not options.quiet:
-            print(f"{folder} is finished; to run it again, remove it or give another --out")
-        return report(options, folder, runs, cross, notes)
-    progress = Progress(options, chosen)
-    for stage in progress.left:
-        progress.left[stage] -= progress.length[stage] * len(runs)
+def folds_of(options, listing, other, chosen, device, data_of, folder, settings, stop, again):
+    """Computes the folds that are not finished and that no other process computes; reports when all are there."""
+    classes, speaks = listing.classes, torchrun()[0] == 0
+    there = partial(finished, folder / "results.json", options, chosen, classes)
+    runs, cross, notes = agreed(there)
+    if len(runs) < len(chosen):
+        theirs = compute(options, listing, other, chosen, device, data_of, folder, settings, stop, there, speaks and not again and not options.quiet)
+        if theirs:
+            return theirs
+    elif speaks and not again and not options.quiet:
+        print(f"{folder} is finished; to run it again, remove it or give another --out")
+    if speaks:
+        with lock(folder, wait=True):
+            write_report(folder)
+            report(options, folder, *there())
+    return []
+
+
+def compute(options, listing, other, chosen, device, data_of, folder, settings, stop, there, speaks):
+    """Fold by fold, each under a lock of its own. -> the folds that were left out, as other processes compute them."""
+    classes, progress = listing.classes, Progress(options, chosen)
     with torch.device("meta"):
         checkpoint = 8 * sum(p.numel() for p in network(options, len(classes)).weights())  # with a momentum for each weight
     maps = 2 * len(listing.utterances) * math.prod(feature_settings(options).shape)
-    if checkpoint + maps > 1e9 and not options.quiet:
+    if checkpoint + maps > 1e9 and speaks:
         print(f"writes at least {maps / 1e6:,.0f} MB of features to {options.cache}, unless they are there, and to {folder} checkpoints of "
               f"{checkpoint / 1e6:,.0f} MB, at times two, removed with each finished fold; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free")  # fmt: skip
 
-    for line in outlook(options, listing, features.folds(listing), chosen[len(runs) :], device, patience=0.1) if not options.quiet else ():
-        print(line, flush=True)
+    done = [run["fold"] for run in agreed(there)[0]]
+    if agreed(lambda: speaks):  # ranks that share the steps share those that are measured
+        for line in outlook(options, listing, features.folds(listing), [k for k in chosen if k not in done], device, patience=0.1):
+            if speaks:
+                print(line, flush=True)
 
-    def data_of(listing):
-        store = features.load(
-            listing, feature_settings(options), options.cache, options.workers, options.skip_bad,
-            lambda text: progress.terminal and progress.say(text, passing=True),
-        )  # fmt: skip
-        return Data(listing, store, classes, options.normalise, device)
-
-    data, other = data_of(listing), other and data_of(other)
+    data, other = data_of(False), other and data_of(True)
     parts = features.folds(listing, data.store.bad)
     if options.poison:
         parts = [poisoned(part, options, data.labels) for part in parts]
@@ -1752,71 +1946,114 @@ def folds_of(options, listing, other, chosen, device, folder, settings, stop):
         notes.append(f"not speaker-independent: {100 * options.poison:g} % of the test speakers' utterances were trained on")
     if data.store.bad:
         notes.append(f"{len(data.store.bad)} recordings cannot be used and were skipped; results.json names them")
-    for note in notes:
-        progress.say(note)
+    for note in notes if speaks else ():
+        print(note, flush=True)
 
-    results = {
+    about_all = {
         "dataset": options.dataset, "protocol": options.protocol, "classes": list(classes), "normalise": options.normalise,
         "skipped": list(data.store.bad.values()), "notes": notes,
     }  # fmt: skip
-    # MSP-Podcast's test sets are scored by one and the same network: fold -> the fold that it is trained as.
-    same = {k: next(j for j in chosen if (parts[j].train, parts[j].validation) == (parts[k].train, parts[k].validation)) for k in chosen}
-    trained = None
-    for k in chosen[len(runs) :]:
-        first = same[k]
-        if first != trained:
-            (folder / f"fold{first}").mkdir(exist_ok=True)
-            keep = Keeper(device, f"{key_of(options)}, fold {first}", folder / f"fold{first}" / "checkpoint.pt", stop)
-            net, model, about = fit(first, parts[first], data, options, folder / f"fold{first}", progress, keep)
-            about["trained_as"], trained = first, first
-        place = folder / f"fold{k}"
-        place.mkdir(exist_ok=True)
-        # Everything is chosen: the test speakers are scored, once.
-        runs.append({"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, place / "predictions.csv")})
-        results.update(summary(runs), folds=runs)
-        model["version"] = {name: str(settings[name]) for name in ("commit", "python", "torch", "torchaudio")}
-        tests = [run for run in runs if run["trained_as"] == first]
-        model["test"] = [{"name": t["name"], "utterances": int(np.sum(t["confusion"])), "ua": t["ua"], "wa": t["wa"]} for t in tests]
-        write(folder / f"fold{first}" / "model.pt", lambda out: torch.save(model, out))
-        if other:
-            other.standardise_like(data)
-            members = [i for i in range(len(other.labels)) if i not in other.store.bad]
-            cross.append({"fold": k, "name": options.test_dataset, **about, **score(net, other, members, place / f"predictions-{options.test_dataset}.csv")})
-            results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
-        write(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-        write_report(folder)
-        if first not in [same[j] for j in chosen[len(runs) :]]:
-            (folder / f"fold{first}" / "checkpoint.pt").unlink(missing_ok=True)
-    progress.say("")
-    report(options, folder, runs, cross, notes)
+
+    def add(entry, cross_entry):
+        """One more fold in results.json, to which other processes add theirs. -> all that are there."""
+        with lock(folder, wait=True):
+            runs, cross, _ = there()
+            runs, cross = (sorted(entries, key=lambda run: run["fold"]) for entries in ([*runs, entry], cross + cross_entry))
+            results = {**about_all, **summary(runs), "folds": runs}
+            if other:
+                results["cross"] = {"dataset": options.test_dataset, **summary(cross), "folds": cross}
+            write(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+            write_report(folder)
+            return runs
+
+    same, theirs = trained_as(parts, chosen), []
+    for first in dict.fromkeys(same.values()):
+        place = folder / f"fold{first}"
+        with ExitStack() as until_done:
+
+            def take():
+                """-> who computes these folds already, and the folds that are finished."""
+                place.mkdir(exist_ok=True)
+                if {k for k in chosen if same[k] == first} <= {run["fold"] for run in there()[0]}:
+                    return "", there()[0]
+                try:
+                    until_done.enter_context(lock(place))
+                except InUse as error:
+                    return str(error), []
+                return "", there()[0]  # another process may have just finished
+
+            busy, runs = agreed(take)
+            theirs += [busy] if busy else []
+            members = [k for k in chosen if same[k] == first and k not in [run["fold"] for run in runs]]
+            if busy or not members:
+                continue
+            progress.begin(len(chosen) - len(runs))
+            keep = Keeper(device, f"{key_of(options)}, fold {first}", place / "checkpoint.pt", stop)
+            net, model, about = fit(first, parts[first], data, options, place, progress, keep)
+            about["trained_as"] = first
+            model["version"] = {name: str(settings[name]) for name in ("commit", "python", "torch", "torchaudio")}
+            for k in members:
+                into = folder / f"fold{k}"
+                agreed(partial(into.mkdir, exist_ok=True))
+                # Everything is chosen: the test speakers are scored, once.
+                entry, cross_entry = {"fold": k, "name": parts[k].name, **about, **score(net, data, parts[k].test, into / "predictions.csv")}, []
+                tests = [run for run in [*runs, entry] if run["trained_as"] == first]
+                model["test"] = [{"name": t["name"], "utterances": int(np.sum(t["confusion"])), "ua": t["ua"], "wa": t["wa"]} for t in tests]
+                write(place / "model.pt", lambda out: torch.save(model, out))
+                if other:
+                    other.standardise_like(data)
+                    all_of_it = [i for i in range(len(other.labels)) if i not in other.store.bad]
+                    file = into / f"predictions-{options.test_dataset}.csv"
+                    cross_entry = [{"fold": k, "name": options.test_dataset, **about, **score(net, other, all_of_it, file)}]
+                runs = agreed(add, entry, cross_entry)
+            agreed((place / "checkpoint.pt").unlink, True)
+    if torchrun()[0] == 0:
+        progress.say("")
+    return theirs
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    stop = Stop()
+    stop, (rank, world) = Stop(), torchrun()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def complain(error, more=""):
+        print(f"rank {rank}: " * (world > 1) + f"error: {error}{more}", file=sys.stderr, flush=True)
+
     try:
         run(argv, stop)
+        if ranks()[1] > 1:
+            distributed.destroy_process_group()
         return 0
     except Stopped as stopped:
-        command = shlex.join(["python", "train.py", *argv])
-        print(f"\nstopped by {signal.Signals(stopped.args[0]).name}; this goes on from here:\n  {command}", file=sys.stderr)
+        if rank == 0:
+            command = "the same command under torchrun" if world > 1 else shlex.join(["python", "train.py", *argv])
+            print(f"\nstopped by {signal.Signals(stopped.args[0]).name}; this goes on from here:\n  {command}", file=sys.stderr)
         return 128 + stopped.args[0]
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank and ranks()[1] == 1:  # of the command line or the corpus, most likely: the first rank says the same
+            hold(1)
+        complain(error)
         return 2
-    except NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (NotFinite, Apart) as error:
+        if ranks()[0]:  # all ranks meet it in the same step, and the first one saves
+            hold(30)
+            return 1
+        complain(error)
         return 1
     except OSError as error:
         full = error.errno in DISK_FULL
-        print(f"error: {error}" + "; what was saved is whole: make room, and the same command goes on" * full, file=sys.stderr)
+        complain(error, "; what was saved is whole: make room, and the same command goes on" * full)
         return 1 if full else 2
     except (MemoryError, RuntimeError) as error:
+        if lost(error):
+            hold(5)
+            complain(f"has lost the other ranks ({str(error).splitlines()[0]})")
+            return 1
         if not out_of_memory(error):
             raise
-        print(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'} The last checkpoint is whole. Less memory is taken by a smaller "
-              "--batch, --channels, --nodes, --cnn-cells or --seq-cells, a restricted --seq-space, and --order 1", file=sys.stderr)  # fmt: skip
+        complain(str(error).splitlines()[0] if str(error) else "out of memory", " The last checkpoint is whole. Less memory is taken by a smaller "
+                 "--batch, --channels, --nodes, --cnn-cells or --seq-cells, a restricted --seq-space, and --order 1")  # fmt: skip
         return 1
     finally:
         for number, handler in before.items():

@@ -13,7 +13,6 @@ choose only with --select best; the test speakers are scored once, when everythi
 
 import argparse
 import csv
-import ctypes
 import errno
 import hashlib
 import io
@@ -1168,13 +1167,6 @@ def peak_memory(device):
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes, on macOS
 
 
-def return_freed_memory():
-    """glibc keeps freed blocks of up to 32 MB, and --recompute frees and takes such blocks all the time, of ever other sizes:
-    it then holds twice the memory that is in use. From 1 MB on they now go back, for some time in the system (README)."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
-
 def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -1661,8 +1653,6 @@ def measure(options, order):
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     device = pick_device(options.device)
-    if options.recompute:
-        return_freed_memory()
     gpu = device.type == "cuda"
     net = network(options, 4)
     net = (net if order else network(options, 4, derive(net))).to(device, memory_format=torch.channels_last)
@@ -1825,8 +1815,6 @@ def run(argv, stop):
         listing, chosen, device = check(options)
         if options.scale == "paper" and device.type == "cpu":
             print("warning: paper scale without a GPU; one step may take minutes, and the run weeks", file=sys.stderr, flush=True)
-        if options.recompute:
-            return_freed_memory()
         if options.dry_run:
             return dry_run(options, listing, chosen, device)
         other = second_corpus(options, listing)

@@ -196,21 +196,21 @@ class MixedOp(nn.Module):
     def forward(self, x, weight=None, known=None, p_drop=0.0):
         if weight is None:
             (op,) = self.ops.values()
-            return through(op, x, known)
+            return op(x) if known is None else through(op, x, known)
         y = None  # `none` adds nothing to the sum; its alpha still counts, as it takes its share of the softmax
         for w, (name, op) in zip(weight, self.ops.items()):
             if name != "none":
-                out = through(op, x, known)
+                out = op(x) if known is None else through(op, x, known)
                 if self.training and p_drop > 0 and name in self.AHEAD:
                     out = drop_path(out, p_drop)
                 y = w * out if y is None else y.addcmul_(w, out)  # y + w * out without a copy of y
         return y
 
 
-def through(op, x, known=None):
+def through(op, x, known):
     """op(x). `known` remembers what the modules before the first weights have returned for this x, as several operations
     have them in common (`Cell.share`)."""
-    begins = known is not None
+    begins = True
     for module in op if isinstance(op, nn.Sequential) else (op,):
         begins = begins and not any(True for _ in module.parameters())
         if begins:

@@ -6,6 +6,7 @@ formulation, a second run) and fails when the code is wrong.
 
 import ast
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -197,6 +198,14 @@ def test_mixed_operation_is_the_weighted_sum():
     share = torch.exp(alpha) / torch.exp(alpha).sum()
     expected = torch.stack([p * op(x) for p, op in zip(share, ops.values())]).sum(0)
     torch.testing.assert_close(MixedOp(ops)(x, alpha.softmax(0)), expected)
+
+
+def test_mixed_operation_works_where_it_is_copied_to():
+    there = {"nn": nn, "__name__": "elsewhere"}
+    exec(inspect.getsource(MixedOp), there)  # nothing else of the file
+    ops, x = {"none": nn.Identity(), "linear": nn.Linear(3, 3), "same": nn.Identity()}, torch.randn(2, 3)
+    y = there["MixedOp"](ops)(x, torch.tensor([0.5, 0.2, 0.3]))
+    torch.testing.assert_close(y, 0.2 * ops["linear"](x) + 0.3 * x)
 
 
 @pytest.mark.parametrize("training", [False, True])

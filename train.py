@@ -2036,7 +2036,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if lost(error):
             hold(5)
-            complain(f"has lost the other ranks ({str(error).splitlines()[0]})")
+            if stop.signal is None:  # otherwise the launcher has ended the job, and the rank that failed has said why
+                complain(f"has lost the other ranks ({str(error).splitlines()[0]})")
             return 1
         if not out_of_memory(error):
             raise

@@ -176,6 +176,27 @@ for _family, _depths in {"lstm": 4, "rnn": 4, "lstm_att": 2, "rnn_att": 2}.items
 # The mixed operation, and the cell: a graph of them.
 
 
+def drop_path(x, p):
+    """Zeroes an edge's or an operation's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
+    keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
+    return x * keep / (1 - p)
+
+
+def through(op, x, known):
+    """op(x). `known` remembers what the modules before the first weights have returned for this x, as several operations
+    have them in common (`Cell.share`)."""
+    begins = True
+    for module in op if isinstance(op, nn.Sequential) else (op,):
+        begins = begins and not any(True for _ in module.parameters())
+        if begins:
+            if module not in known:
+                known[module] = module(x)
+            x = known[module]
+        else:
+            x = module(x)
+    return x
+
+
 class MixedOp(nn.Module):
     """An edge that is not yet decided: every candidate operation, weighted by the softmax of its alpha [D eq. 2],
 
@@ -207,21 +228,6 @@ class MixedOp(nn.Module):
         return y
 
 
-def through(op, x, known):
-    """op(x). `known` remembers what the modules before the first weights have returned for this x, as several operations
-    have them in common (`Cell.share`)."""
-    begins = True
-    for module in op if isinstance(op, nn.Sequential) else (op,):
-        begins = begins and not any(True for _ in module.parameters())
-        if begins:
-            if module not in known:
-                known[module] = module(x)
-            x = known[module]
-        else:
-            x = module(x)
-    return x
-
-
 @contextmanager
 def without_statistics(net):
     """Inside, batch norm in training mode normalises by the batch as always, but updates copies of its running statistics."""
@@ -234,12 +240,6 @@ def without_statistics(net):
     finally:
         for m, name, statistic in kept:
             setattr(m, name, statistic)
-
-
-def drop_path(x, p):
-    """Zeroes an edge's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
-    keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return x * keep / (1 - p)
 
 
 class Cell(nn.Module):
@@ -562,6 +562,22 @@ def expected_parameters(net):
 # The architect: how the alphas move.
 
 
+def ranks():
+    """-> (number of this rank, number of ranks) that share each batch; (0, 1) without torch.distributed."""
+    there = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+
+
+def reduced(loss, gradients):
+    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
+    if ranks()[1] == 1:
+        return loss, gradients
+    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])  # (1 + number of parameters,)
+    distributed.all_reduce(flat)
+    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
+    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
+
+
 class Architect:
     """Moves the alphas of a supernet along the hypergradient, i.e. the gradient of L_val(w*(alpha), alpha), where w*
     is approximated by one step of plain gradient descent, w' = w - xi * dL_train/dw [D eq. 6-8]:
@@ -644,22 +660,6 @@ class Architect:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
         return reduced(loss.detach(), torch.autograd.grad(loss, parameters))
-
-
-def ranks():
-    """-> (number of this rank, number of ranks) that share each batch; (0, 1) without torch.distributed."""
-    there = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
-
-
-def reduced(loss, gradients):
-    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
-    if ranks()[1] == 1:
-        return loss, gradients
-    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])
-    distributed.all_reduce(flat)
-    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
-    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
 
 
 @torch.no_grad()

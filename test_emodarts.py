@@ -1434,7 +1434,7 @@ def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monk
     msp_podcast(tmp_path / "Audio", tmp_path / "labels_consensus.csv", each=1)
     for k, path in enumerate(features.below(tmp_path / "Audio", r".*\.wav")):
         tone(path, 0.2, frequency=200 + 10 * k)
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --epochs 1 --seq-space rnn --window 1 --batch 4"
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --seq-space rnn --window 1 --batch 4"
     assert train.main(["--dataset", "msp-podcast", "--root", ".", "--scale", "small", "--out", "run", *sizes.split()]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     test1, test2 = results["folds"]
@@ -1453,7 +1453,7 @@ def test_a_bad_recording_stops_the_run_before_training_or_is_named_in_the_result
             rows.append(f"{tone(Path(f'{speaker}{label}{n}.wav'), 0.2, frequency=200 + 50 * k)},{label},{speaker}")
     Path("bcalm2.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     Path("mine.csv").write_text("\n".join([*rows, "bcalm2.wav,calm,b"]))
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --epochs 1 --seq-space rnn --window 1 --batch 2"
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --seq-space rnn --window 1 --batch 2"
     arguments = ["--dataset", "csv", "--root", "mine.csv", "--out", "run", *sizes.split()]
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
@@ -1509,6 +1509,13 @@ def test_the_same_seed_gives_the_same_run(finished):
         (("--coefficients", "200"), "200 coefficients; expected 1 to 128"),
         (("--window", "0.1"), "multiple of 0.0625 s"),
         (("--device", "quantum"), "--device quantum cannot be used here"),
+        (("--search", "seq", "--seq-cells", "0"), "--search seq leaves nothing to search"),
+        (("--search-epochs", "3", "--warm-up", "3"), "--warm-up is 3, expected less than --search-epochs, 3"),
+        (("--model", "cnn", "--genotype", "one/fold0/genotype.json"), "--genotype goes with --model emodarts, found --model cnn"),
+        (("--genotype", "nowhere.json"), "--genotype nowhere.json: .*No such file"),
+        (("--poison", "1"), "--poison is 1.0, expected at least 0 and less than 1"),
+        (("--benchmark", "--channels", "0"), "channels is 0, expected at least 1"),
+        (("--benchmark", "--json", "nowhere/b.json"), "--json is nowhere/b.json, in a folder that does not exist"),
         (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 16 here"),
     ],
 )
@@ -1751,7 +1758,7 @@ def test_a_finished_run_writes_its_report_again(finished, monkeypatch, capsys):
 
 def test_a_quiet_run_prints_its_results_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --seq-cells 0 --stem-stride 4 --search-epochs 1 --epochs 1 --window 0.5 --folds 0"
+    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --seq-cells 0 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --window 0.5 --folds 0"
     lines = said(capsys, *sizes.split(), "--quiet", "--out", "run").splitlines()
     assert lines[0] == "smoke, protocol standard" and lines[1].startswith("fold ") and lines[2].startswith("0 ") and len(lines) == 8, lines
 
@@ -1761,7 +1768,7 @@ def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsy
     sizes = dict(channels=3, cnn_cells=3, seq_cells=2, nodes=2, stem_stride=4)
     argv = [word for name, size in sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
     state = torch.get_rng_state()
-    out = said(capsys, *argv, *"--dry-run --window 1 --seq-space rnn --search-epochs 3 --epochs 5 --folds 1,2 --batch 8".split())
+    out = said(capsys, *argv, *"--dry-run --window 1 --seq-space rnn --search-epochs 3 --warm-up 0 --epochs 5 --folds 1,2 --batch 8".split())
     assert not list(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
     counts = Counter()
     for name, p in Network(**sizes, seq_space="rnn").named_parameters():
@@ -1858,7 +1865,7 @@ sys.exit(train.main(argv))
 """
 TINY = (
     "--dataset emodb --root corpus --folds 0,1 --window 0.5 --coefficients 8 --channels 2 --cnn-cells 3 --seq-cells 1 --nodes 2 --stem-stride 2 "
-    "--seq-space rnn_att --search-epochs 2 --epochs 2 --batch 4 --lr 0.1 --order 2 --select best --threads 1 --deterministic"
+    "--seq-space rnn_att --search-epochs 2 --warm-up 0 --epochs 2 --batch 4 --lr 0.1 --order 2 --select best --threads 1 --deterministic"
 ).split()  # fmt: skip
 
 

@@ -196,15 +196,22 @@ def parse(argv):
     return options
 
 
-def check(options):
-    """Refuses what cannot work, before any work and all of it in one message. -> the corpus, the folds to run, the device."""
-    problems = []
+def attempt(problems, f, *args):
+    """f(*args), or None and one more problem."""
+    try:
+        return f(*args)
+    except (InputError, ValueError) as error:
+        problems.append(str(error))
 
-    def attempt(f, *args):
-        try:
-            return f(*args)
-        except (InputError, ValueError) as error:
-            problems.append(str(error))
+
+def refuse(problems):
+    if problems:
+        raise InputError("\n  ".join([f"{len(problems)} things cannot work:"] * (len(problems) > 1) + problems))
+
+
+def check_options(options):
+    """-> what cannot work whatever the corpus, as texts, and the device."""
+    problems = []
 
     least = {"search_epochs": 1, "epochs": 1, "batch": 2, "seed": 0, "threads": 1, "workers": 1}
     least |= dict.fromkeys(("lr", "search_lr", "lr_min", "alpha_lr", "alpha_decay", "momentum", "decay", "search_decay", "clip"), 0)
@@ -217,16 +224,27 @@ def check(options):
         if not 0 <= getattr(options, name) < 1:
             problems.append(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 0 and less than 1")
     with torch.device("meta"):
-        attempt(network, options, 2)
-        attempt(given_genotype, options)
-    attempt(feature_settings, options)
-    device = attempt(pick_device, options.device)
+        net = attempt(problems, network, options, 2)
+        attempt(problems, given_genotype, options)
+    if searches(options) and net and not net.candidates:
+        problems.append(f"--search {options.search} leaves nothing to search in a network of {options.seq_cells} SeqNN cells")
+    if searches(options) and options.warm_up >= options.search_epochs:
+        problems.append(f"--warm-up is {options.warm_up}, expected less than --search-epochs, {options.search_epochs}: the alphas would never move")
+    if options.genotype is not None and options.model != "emodarts":
+        problems.append(f"--genotype goes with --model emodarts, found --model {options.model}")
+    attempt(problems, feature_settings, options)
+    return problems, attempt(problems, pick_device, options.device)
+
+
+def check(options):
+    """Refuses what cannot work, before any work and all of it in one message. -> the corpus, the folds to run, the device."""
+    problems, device = check_options(options)
     for name, folder in (("out", out_folder(options)), ("cache", Path(options.cache))):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             problems.append(f"--{name} is {folder}, where nothing can be written: {there} is no folder that you may write to")
-    listing = attempt(features.read_corpus, options.dataset, options.root, options.classes, options.protocol, options.strict)
-    parts = listing and attempt(features.folds, listing) or []
+    listing = attempt(problems, features.read_corpus, options.dataset, options.root, options.classes, options.protocol, options.strict)
+    parts = listing and attempt(problems, features.folds, listing) or []
     chosen = list(range(len(parts)))
     if options.folds and parts:
         if set(re.split(r"\s*,\s*", options.folds.strip())) <= set(map(str, chosen)):
@@ -242,8 +260,7 @@ def check(options):
     half = min((len(parts[k].train) // 2 for k in chosen), default=math.inf)
     if options.batch > half:
         problems.append(f"--batch is {options.batch}, and half of a training set only {half} utterances; the search takes a batch of each half")
-    if problems:
-        raise InputError("\n  ".join([f"{len(problems)} things cannot work:"] * (len(problems) > 1) + problems))
+    refuse(problems)
     return listing, chosen, device
 
 
@@ -1685,7 +1702,10 @@ def measure(options, order):
 
 def benchmark(options):
     """Prints a line as it is measured, and writes all figures to --json."""
-    device = pick_device(options.device)
+    problems, device = check_options(options)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        problems.append(f"--json is {options.json}, in a folder that does not exist; make it first")
+    refuse(problems)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {options.threads or torch.get_num_threads()} threads"
     ways = "".join(f", --{name}" for name in ("recompute", "amp") if getattr(options, name))
     print(f"{options.scale} scale{ways}, batch {options.batch}, map {' x '.join(map(str, feature_settings(options).shape))}, on {machine}, torch {torch.__version__}")
@@ -1699,10 +1719,10 @@ def benchmark(options):
             rows.append(row)
             if order:
                 times = row["alpha_seconds"], row["weight_seconds"], row["alpha_seconds"] + row["weight_seconds"]
-                print(f"{name:22} {row['weights']:>11,} {order:>5} {times[0]:>9.3f} s {times[1]:>10.3f} s {times[2]:>10.3f} s {row['peak_gb']:>6.2f} GB", flush=True)
+                print(f"{name:22} {row['weights']:>11,} {order:>5} {times[0]:>9.3f} s {times[1]:>10.3f} s {times[2]:>10.3f} s {row['peak_gb'] or math.nan:>6.2f} GB", flush=True)
             else:
                 print(f"derived network (of an undecided search): {row['weights']:,} weights, training step {row['weight_seconds']:.3f} s, peak "
-                      f"{row['peak_gb']:.2f} GB, inference {1000 * row['inference_seconds']:.1f} ms an utterance")  # fmt: skip
+                      f"{row['peak_gb'] or math.nan:.2f} GB, inference {1000 * row['inference_seconds']:.1f} ms an utterance")  # fmt: skip
     if options.json:
         about = {"machine": machine, "settings": settings_of(options), "recompute": options.recompute, **versions(), "rows": rows}
         write(Path(options.json), (json.dumps(about, indent=1) + "\n").encode())

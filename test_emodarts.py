@@ -2252,7 +2252,7 @@ def tiny_net():
 
 def shared_by(rank, world, folder, cases):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    train.meet("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save([shared(*case) for case in cases], folder / f"rank{rank}.pt")
     keep = train.Keeper(torch.device("cpu"))
     keep.parts = {"net": tiny_net()}
@@ -2262,6 +2262,7 @@ def shared_by(rank, world, folder, cases):
     with pytest.raises(train.Apart):
         keep.pause()
     torch.distributed.destroy_process_group()
+    assert "gloo" not in "".join(task.read_text() for task in Path("/proc/self/task").glob("*/comm"))  # no thread is left
 
 
 @pytest.mark.parametrize("world, cases", [(2, [(1, 3), (2, 3)]), (3, [(1, 4), (2, 2)])])  # batches of 2 leave the third rank none

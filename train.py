@@ -15,6 +15,7 @@ import argparse
 import csv
 import errno
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -502,9 +503,16 @@ def share_steps(options, device):
     try:
         store, _, _ = next(distributed.rendezvous("env://", timeout=patience))
         store = own_store(store, rank, world, time.time() + patience.total_seconds())
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
+        meet("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the {world} ranks do not find each other ({str(error).splitlines()[0]})") from None
+
+
+def meet(backend, **how):
+    """`init_process_group`, whose threads `destroy_process_group` can end. An optimizer's first step imports torch._dynamo, and
+    that keeps the group for good when there is one (torch 2.11): its threads then meet the interpreter's end, and may abort it."""
+    importlib.import_module("torch._dynamo")
+    distributed.init_process_group(backend, **how)
 
 
 def own_store(store, rank, world, deadline):

@@ -424,6 +424,7 @@ class Network(nn.Module):
     seq_cells    0 gives the CNN-only search of 2023
     nodes        nodes a cell, of the supernet; a genotype brings its own
     stem_stride  2 halves the input map before the first cell
+    bands        the SeqNN sees the mean of each of so many parts of the frequency axis; 1, the paper's, does not tell low from high
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     dropout      after each cell
     recompute    cells keep their states only, edges are computed again on the way back: less memory, more time, same gradients
@@ -435,13 +436,13 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, seq_space="all", dropout=0.3,
+        self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, bands=1, seq_space="all", dropout=0.3,
         recompute=False, amp=False, fixed=None, genotype=None,
     ):  # fmt: skip
         super().__init__()
         for name, size, least in (
             ("classes", classes, 1), ("channels", channels, 1), ("cnn_cells", cnn_cells, 1),
-            ("seq_cells", seq_cells, 0), ("nodes", nodes, 1), ("stem_stride", stem_stride, 1),
+            ("seq_cells", seq_cells, 0), ("nodes", nodes, 1), ("stem_stride", stem_stride, 1), ("bands", bands, 1),
         ):  # fmt: skip
             if size < least:
                 raise ValueError(f"{name} is {size}, expected at least {least}")
@@ -472,12 +473,13 @@ class Network(nn.Module):
             c = 2 * c if kind == "reduce" else c
             self.cnn.append(CNNCell(kind, every[kind], c0, c1, c, k > 0 and kinds[k - 1] == "reduce", affine))
             c0, c1 = c1, len(every[kind]) * c
+        c1 = bands * c1
         self.seq = nn.ModuleList(SeqCell(every["seq"], c1) for _ in range(seq_cells))
         for cell in (*self.cnn, *self.seq):
             cell.recompute = recompute
         self.head = nn.Linear(c1, classes)
         self.dropout = nn.Dropout(dropout)
-        self.drop_path, self.amp, self.nodes = 0.0, amp, nodes
+        self.drop_path, self.amp, self.nodes, self.bands = 0.0, amp, nodes, bands
         # One alpha for all cells of a kind, (edges, operations), nearly uniform at first.
         self.alpha = nn.ParameterDict()
         for kind, names in self.candidates.items():
@@ -503,7 +505,10 @@ class Network(nn.Module):
         weight = {kind: alpha.softmax(dim=-1) for kind, alpha in self.alpha.items()}
         for cell in self.cnn:
             s0, s1 = s1, self.dropout(cell(s0, s1, weight.get(cell.kind), self.drop_path))
-        s0, s1 = (s.mean(dim=2).transpose(1, 2) for s in (s0, s1))  # (N, C, F, T) -> (N, C, T) -> (N, T, C): F is averaged, T stays
+        if s1.shape[2] < self.bands:
+            raise ValueError(f"bands is {self.bands}, and the map behind the CNN cells has {s1.shape[2]} rows; expected at most as many")
+        parts = [[part.mean(dim=2) for part in s.tensor_split(self.bands, dim=2)] for s in (s0, s1)]  # (N, C, F, T) -> bands of (N, C, T)
+        s0, s1 = (torch.cat(means, dim=1).transpose(1, 2) for means in parts)  # -> (N, T, bands C): F is averaged, T stays
         if s0.shape != s1.shape:  # at depths other than 4 the older output may be longer or narrower
             s0 = F.adaptive_avg_pool2d(s0, s1.shape[1:])
         return s0, s1

@@ -117,11 +117,28 @@ def test_free_sizes(cnn_cells, seq_cells, nodes, channels, f, t):
 
 
 def test_sizes_that_cannot_be_are_refused():
-    for name in ("channels", "cnn_cells", "nodes", "stem_stride"):
+    for name in ("channels", "cnn_cells", "nodes", "stem_stride", "bands"):
         with pytest.raises(ValueError, match=name):
             Network(**{name: 0})
     with pytest.raises(ValueError, match="lstm, rnn, lstm_att, rnn_att"):
         Network(seq_space="gru")
+    with pytest.raises(ValueError, match="bands is 3, and the map behind the CNN cells has 2 rows"):
+        Network(**SMALL, bands=3, seq_space="rnn")(batch(2, 16, 16)[0])
+
+
+def test_bands_are_means_of_parts_of_the_frequency_axis():
+    """Against the map behind the last cells, averaged by numpy; 5 rows in two bands are 3 and 2."""
+    maps = []
+    net = Network(**SMALL, bands=2, genotype=random_genotype()).eval()
+    for cell in net.cnn:
+        cell.register_forward_hook(lambda module, inputs, output: maps.append(output.detach().numpy()))
+    seen = net.frames(batch(2, 39, 24)[0])
+    assert maps[-1].shape[2] == 5 and seen[0].shape == seen[1].shape == (2, maps[-1].shape[3], 2 * maps[-1].shape[1])
+    expected = np.concatenate([maps[-1][:, :, :3].mean(2), maps[-1][:, :, 3:].mean(2)], 1).transpose(0, 2, 1)
+    np.testing.assert_allclose(seen[1].detach().numpy(), expected, atol=1e-6)
+    assert net(batch(2, 39, 24)[0]).shape == (2, 4)
+
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1147,7 +1164,7 @@ def test_halves_are_stratified_and_complete():
 
 
 def tiny_options(*more):
-    sizes = "--channels 2 --cnn-cells 2 --seq-cells 1 --nodes 1 --stem-stride 4 --search-epochs 2 --warm-up 0 --epochs 2 --seq-space rnn"
+    sizes = "--channels 2 --cnn-cells 2 --seq-cells 1 --nodes 1 --stem-stride 4 --bands 1 --search-epochs 2 --warm-up 0 --epochs 2 --seq-space rnn"
     return train.parse([*sizes.split(), *more])
 
 
@@ -1332,6 +1349,7 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert rows["cnn"]["p"] == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue) and rows["emodarts"]["p"] is None
     # Summed logits: [2, 1], [1, 3]: both right, though each seed alone has one wrong.
     assert rows["emodarts, ensemble"]["ua"] == 1.0
+    assert rows["cnn, ensemble"]["ua"] == 0.5 and rows["cnn, ensemble"]["p"] is None  # three times the same difference: 0.5
     assert rows["emodarts, best seed by validation"]["ua"] == pytest.approx(statistics.mean([0.6, 0.6, 0.7]))
     said = capsys.readouterr().out
     assert "a note" in said and said.index("| emodarts") < said.index("| cnn") and all(line in said for line in (tmp_path / "comparison.md").read_text().splitlines())
@@ -1864,7 +1882,7 @@ elif where:
 sys.exit(train.main(argv))
 """
 TINY = (
-    "--dataset emodb --root corpus --folds 0,1 --window 0.5 --coefficients 8 --channels 2 --cnn-cells 3 --seq-cells 1 --nodes 2 --stem-stride 2 "
+    "--dataset emodb --root corpus --folds 0,1 --window 0.5 --coefficients 8 --channels 2 --cnn-cells 3 --seq-cells 1 --nodes 2 --stem-stride 2 --bands 1 "
     "--seq-space rnn_att --search-epochs 2 --warm-up 0 --epochs 2 --batch 4 --lr 0.1 --order 2 --select best --threads 1 --deterministic"
 ).split()  # fmt: skip
 

@@ -61,12 +61,12 @@ except ImportError:  # Windows has no such thing
 # A scale fixes sizes, never the hardware.
 SCALES = {
     "paper": dict(
-        features="mfcc", coefficients=128, window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, dropout=0.3, drop_path=0.2,
-        search_epochs=50, hold_back=0.0, warm_up=0, epochs=100,
+        features="mfcc", coefficients=128, window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, bands=1, dropout=0.3, drop_path=0.2,
+        search_epochs=50, search_optimizer="sgd", search_lr=0.025, search_decay=3e-4, alpha_lr=3e-4, hold_back=0.0, warm_up=0, epochs=100,
     ),
     "small": dict(
-        features="log-mel", coefficients=64, window=4.0, channels=16, cnn_cells=2, seq_cells=1, nodes=2, stem_stride=2, dropout=0.0, drop_path=0.0,
-        search_epochs=8, hold_back=0.3, warm_up=4, epochs=30,
+        features="log-mel", coefficients=64, window=4.0, channels=8, cnn_cells=2, seq_cells=1, nodes=2, stem_stride=2, bands=2, dropout=0.0, drop_path=0.0,
+        search_epochs=12, search_optimizer="adamw", search_lr=0.003, search_decay=0.05, alpha_lr=3e-3, hold_back=0.0, warm_up=4, epochs=30,
     ),
 }  # fmt: skip
 
@@ -109,6 +109,7 @@ class Options:
     seq_cells: int = option(None, "SeqNN cells; 0 searches a CNN only", "sizes", int)
     nodes: int = option(None, "nodes a cell", "sizes", int)
     stem_stride: int = option(None, "2 halves the map before the first cell", "sizes", int)
+    bands: int = option(None, "parts of the frequency axis whose means the SeqNN sees; the paper's is the whole", "sizes", int)
     dropout: float = option(None, "after each cell", "sizes", float)
     drop_path: float = option(None, "share of edge outputs dropped at the end of training, growing from 0", "sizes", float)
     search_epochs: int = option(None, "epochs of the search", "sizes", int)
@@ -121,22 +122,23 @@ class Options:
     genotype: str = option(None, "file of a genotype to train, without a search (default: search)", "search", str)
     order: int = option(1, "order of the hypergradient", "search", choices=(1, 2))
     seq_space: str = option("all", "candidate operations of the SeqNN", "search", choices=SEQ_SPACES)
-    alpha_lr: float = option(3e-4, "learning rate of the alphas (Adam)", "search")
+    alpha_lr: float = option(None, "learning rate of the alphas (Adam)", "search", float)
     alpha_decay: float = option(1e-3, "weight decay of the alphas", "search")
-    search_lr: float = option(0.025, "learning rate of the weights while searching (SGD, cosine)", "search")
+    search_optimizer: str = option(None, "of the weights while searching", "search", str, ("adamw", "sgd"))
+    search_lr: float = option(None, "learning rate of the weights while searching, cosine", "search", float)
     lr_min: float = option(0.001, "where that cosine ends; in training it ends at 0", "search")
-    search_decay: float = option(3e-4, "weight decay of the weights while searching", "search")
+    search_decay: float = option(None, "weight decay of the weights while searching", "search", float)
     size_penalty: float = option(0.0, "added to the alphas' loss for each million of expected weights", "search")
 
     batch: int = option(16, "batch size, of search and training", "training")
-    optimizer: str = option("adamw", "of the training; the search takes sgd", "training", choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", "of the training", "training", choices=("adamw", "sgd"))
     lr: float = option(None, "learning rate of the training, cosine (default: 0.003; of baselines 0.001)", "training", float)
     momentum: float = option(0.9, "of SGD", "training")
     decay: float = option(0.05, "weight decay of the training", "training")
     clip: float = option(5.0, "largest norm of the weights' gradient", "training")
-    label_smoothing: float = option(0.1, "of the training", "training")
-    shift: bool = option(True, "shift training maps in time, around the end", "training")
-    masks: int = option(1, "masked stretches of time in a training map; of log-mel also as many of bands", "training")
+    label_smoothing: float = option(0.1, "of search and training", "training")
+    shift: bool = option(True, "shift the maps that train weights in time, around the end", "training")
+    masks: int = option(1, "masked stretches of time in such a map; of log-mel also as many of bands", "training")
     select: str = option("last", "epoch that counts: the last, or the best validation UA (ties: the latest)", "training", choices=("last", "best"))
 
     out: str = option(None, "folder of the run (default: runs/DATASET-SCALE-KEY, the key made of the settings)", "run", str)
@@ -159,7 +161,7 @@ class Options:
 
 
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips_normal", "skips_reduce", "skips_seq", "val_ua", "val_wa", "seconds")  # of log.csv
-NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "dropout")
+NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "bands", "dropout")
 # What a result does not depend on, up to rounding; these may differ when a run folder is used again.
 NOT_SETTINGS = (
     "out", "root", "test_root", "cache", "workers", "device", "recompute", "threads", "deterministic", "dry_run", "quiet", "predict", "from_", "json",
@@ -177,7 +179,7 @@ def parse(argv):
         about = f.metadata
         group = groups.setdefault(about["group"], parser.add_argument_group(about["group"]))
         text = about["text"] + (f" (default: {f.default})" if f.default is not None else "")
-        if about["group"] == "sizes" and f.name != "scale":
+        if f.name in SCALES["paper"]:
             text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
         flag = "--" + f.name.strip("_").replace("_", "-")
         if about["kind"] is bool:
@@ -233,7 +235,10 @@ def check_options(options):
         problems.append(f"--warm-up is {options.warm_up}, expected less than --search-epochs, {options.search_epochs}: the alphas would never move")
     if options.genotype is not None and options.model != "emodarts":
         problems.append(f"--genotype goes with --model emodarts, found --model {options.model}")
-    attempt(problems, feature_settings, options)
+    settings = attempt(problems, feature_settings, options)
+    if net and settings:
+        with torch.device("meta"), torch.no_grad():
+            attempt(problems, net.eval().frames, torch.empty(1, 1, *settings.shape))
     return problems, attempt(problems, pick_device, options.device)
 
 
@@ -827,7 +832,7 @@ def search(net, data, train, options, log, keep=None):
     steps, class_weights = data.steps(w_half, options.batch), data.class_weights(train)
 
     def loss(logits, target):
-        return cross_entropy(logits, target, class_weights)
+        return cross_entropy(logits, target, class_weights, options.label_smoothing)
 
     def penalty():
         return options.size_penalty * expected_parameters(net) / 1e6
@@ -835,7 +840,7 @@ def search(net, data, train, options, log, keep=None):
     architect = Architect(
         net, loss, order=options.order, lr=options.alpha_lr, weight_decay=options.alpha_decay, penalty=penalty if options.size_penalty else None
     )
-    optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum, weight_decay=options.search_decay)
+    optimizer = optimizer_of(options.search_optimizer, net, options.search_lr, options.search_decay, options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.search_epochs, options.lr_min)
     net.drop_path = options.hold_back
     for epoch in keep.epochs(options.search_epochs, net=net, optimizer=optimizer, schedule=schedule, alphas=architect.optimizer):
@@ -843,6 +848,7 @@ def search(net, data, train, options, log, keep=None):
         net.train()
         batches = zip(data.batches(w_half, steps, keep.step), data.batches(alpha_half, steps, keep.step))
         for (x, target), val in keep.steps(batches):
+            x = augmented(x, options)
             if epoch >= options.warm_up:  # without, operations that have nothing to learn are ahead
                 keep.sums["alpha_loss"] += finite(architect.step(val, (x, target), xi=lr))
             keep.sums["loss"] += weight_step(net, loss(logits_of(net, x, data), target), optimizer, options.clip)
@@ -852,6 +858,12 @@ def search(net, data, train, options, log, keep=None):
             entropy=entropy(net), **skips(derive(net)), seconds=time.perf_counter() - started,
         )  # fmt: skip
     return derive(net)
+
+
+def optimizer_of(name, net, lr, decay, options):
+    if name == "sgd":
+        return torch.optim.SGD(net.weights(), lr, options.momentum, weight_decay=decay)
+    return torch.optim.AdamW(net.weights(), lr, weight_decay=decay, fused=True)  # fused: the same numbers up to rounding, faster
 
 
 def skips(genotype):
@@ -865,10 +877,7 @@ def train(net, data, train, validation, options, log, keep=None):
     keep = keep or Keeper(data.device)
     steps, class_weights = data.steps(train, options.batch), data.class_weights(train)
     lr = options.lr if options.lr is not None else 0.001 if options.model in BASELINES else 0.003
-    if options.optimizer == "sgd":
-        optimizer = torch.optim.SGD(net.weights(), lr, options.momentum, weight_decay=options.decay)
-    else:
-        optimizer = torch.optim.AdamW(net.weights(), lr, weight_decay=options.decay, fused=True)  # the same numbers, up to rounding, faster
+    optimizer = optimizer_of(options.optimizer, net, lr, options.decay, options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     for epoch in keep.epochs(options.epochs, net=net, optimizer=optimizer, schedule=schedule):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
@@ -1029,7 +1038,7 @@ def fit(k, fold, data, options, folder, progress, keep):
         "validation_ua": next(row["val_ua"] for row in reversed(keep.rows) if (row["stage"], row["epoch"]) == ("train", epoch)),
         "genotype": json.loads(keep.genotype or "null"),
         "parameters": sum(p.numel() for p in net.weights()),
-        "macs": macs(net, feature_settings(options).shape),
+        "macs": round(macs(net, feature_settings(options).shape) * 8 / options.window),  # of 8 seconds
         "peak_gb": round(peak_memory(data.device) or 0, 2),
         "seconds": {"search": round(keep.seconds["search"], 1), "training": round(keep.seconds["train"], 1)},
     }
@@ -1223,7 +1232,7 @@ def estimate(options, windows, parts, chosen, classes, device, patience):
         batch = torch.randn(size, 1, *feature_settings(options).shape, device=device), torch.arange(size, device=device) % classes
 
         def weights_move(net):
-            optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
+            optimizer = optimizer_of(options.search_optimizer if net is supernet else options.optimizer, net, 1e-3, 0, options)
 
             def step():
                 if net is supernet:
@@ -1582,9 +1591,11 @@ def compared(options, folder, plan):
             runs.setdefault(model, []).append(np.array([[run["ua"], run["wa"]] for run in results["folds"]]))
     notes, first = results["notes"], plan[0][0]
     if options.seeds > 1:  # both come with the seeds for nothing: the mean of their logits, and the choice of the validation speakers
-        runs |= {f"{first}, ensemble": [ensemble([folder / f"{first}-seed{number}" for model, number in plan if model == first], entries[first])]}
         best = [max(seeds, key=lambda run: run["validation_ua"]) for seeds in zip(*entries[first])]
         runs |= {f"{first}, best seed by validation": [np.array([[run["ua"], run["wa"]] for run in best])]}
+        for model in [model for model, numbers in entries.items() if len(numbers) >= options.seeds]:
+            places = [folder / f"{model}-seed{number}" for number in range(options.seed, options.seed + options.seeds)]
+            runs |= {f"{model}, ensemble": [ensemble(places, entries[model])]}
     rows, names = [], list(dict.fromkeys([first, *(name for name in runs if name.startswith(first)), *runs]))
     for name in names:
         values, folds_ = np.stack(runs[name]), entries.get(name)  # (seeds, folds, 2)
@@ -1594,8 +1605,10 @@ def compared(options, folder, plan):
             row[metric] = by_fold[:, k].mean()
             row[f"{metric}_std_folds"] = by_fold[:, k].std(ddof=1) if len(by_fold) > 1 else None
             row[f"{metric}_std_seeds"] = values.mean(axis=1)[:, k].std(ddof=1) if len(values) > 1 else None
-        difference = by_fold[:, 0] - np.stack(runs[first]).mean(axis=0)[:, 0]
-        row["p"] = float(stats.ttest_1samp(difference, 0).pvalue) if len(difference) > 1 and difference.any() else None
+        model, comma, way = name.partition(", ")
+        rival = first if model == first else first + comma + way  # an ensemble's is the ensemble
+        difference = by_fold[:, 0] - np.stack(runs[rival]).mean(axis=0)[:, 0]
+        row["p"] = float(stats.ttest_1samp(difference, 0).pvalue) if len(difference) > 1 and np.ptp(difference) > 1e-12 else None
         if folds_:
             row |= {name: float(np.mean([[run[name] for run in seed] for seed in folds_])) for name in ("validation_ua", "parameters", "macs")}
             row |= {stage: float(np.mean([[run["seconds"][stage] for run in seed] for seed in folds_])) for stage in ("search", "training")}
@@ -1625,7 +1638,7 @@ def comparison(rows, first):
             cells += [f"{row['parameters']:,.0f}", f"{row['macs'] / 1e6:,.1f} M", f"{row['search']:.0f} s", f"{row['training']:.0f} s", f"{row['peak_gb']:.2f} GB"]
         yield "| " + " | ".join(cells + [""] * (len(heads) - len(cells))) + " |"
     yield ""
-    yield "UA and WA in percent: mean over folds ± standard deviation over folds (± over seeds); p: paired t-test over folds, seeds averaged first"
+    yield "UA and WA in percent: mean over folds ± standard deviation over folds (± over seeds); p: paired t-test over folds, seeds averaged first, an ensemble against the ensemble; MACs: of 8 s"
 
 
 def ensemble(places, entries):
@@ -1682,7 +1695,7 @@ def measure(options, order):
     net = network(options, 4)
     net = (net if order else network(options, 4, derive(net))).to(device, memory_format=torch.channels_last)
     batch = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device), torch.arange(options.batch, device=device) % 4
-    optimizer = torch.optim.SGD(net.weights(), options.search_lr, options.momentum)
+    optimizer = optimizer_of(options.search_optimizer if order else options.optimizer, net, 1e-3, 0, options)
     architect = order and Architect(net, F.cross_entropy, order=order)
     steps = {
         "alpha": order and (lambda: architect.step(batch, batch, xi=options.search_lr)),

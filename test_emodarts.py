@@ -1534,7 +1534,7 @@ def test_the_same_seed_gives_the_same_run(finished):
         (("--poison", "1"), "--poison is 1.0, expected at least 0 and less than 1"),
         (("--benchmark", "--channels", "0"), "channels is 0, expected at least 1"),
         (("--benchmark", "--json", "nowhere/b.json"), "--json is nowhere/b.json, in a folder that does not exist"),
-        (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 16 here"),
+        (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 8 here"),
     ],
 )
 def test_bad_input_is_one_clear_line(finished, monkeypatch, capsys, arguments, says):
@@ -1783,7 +1783,7 @@ def test_a_quiet_run_prints_its_results_only(tmp_path, monkeypatch, capsys):
 
 def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = dict(channels=3, cnn_cells=3, seq_cells=2, nodes=2, stem_stride=4)
+    sizes = dict(channels=3, cnn_cells=3, seq_cells=2, nodes=2, stem_stride=4, bands=2)
     argv = [word for name, size in sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
     state = torch.get_rng_state()
     out = said(capsys, *argv, *"--dry-run --window 1 --seq-space rnn --search-epochs 3 --warm-up 0 --epochs 5 --folds 1,2 --batch 8".split())
@@ -2099,7 +2099,7 @@ def test_numbers_that_no_step_can_be_made_with_stop_the_run(undisturbed, monkeyp
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     assert train.main(argv) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.013: the norm of the gradient is nan", said)
+    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.002: the norm of the gradient is nan", said)
     assert len(set(re.findall(r"wav/?\S*|09a\d\d[WFNT]a\.wav", said))) == 8 and (cwd / "broken/fold0/not-finite.pt").exists()
     checkpoint = (cwd / "broken/fold0/checkpoint.pt").read_bytes()
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()):

@@ -1202,6 +1202,25 @@ def test_validation_and_test_speakers_touch_nothing():
         states(fold.train[:1])
 
 
+def test_a_search_augments_the_maps_that_move_weights_and_no_others(monkeypatch):
+    """Every map is marked by its sum; which half it is of says `halves`."""
+    listing, data = tiny_data()
+    members, seen = folds(listing)[0].train, {"weights": [], "alphas": []}
+    data.standardise_by(members)
+    torch.manual_seed(0)
+    parts = dict(zip(seen, train.halves(members, data.labels)))
+    real, step = train.augmented, train.Architect.step
+    monkeypatch.setattr(train, "augmented", lambda x, options: seen["weights"].extend(x.sum((1, 2, 3)).tolist()) or real(x, options))
+    monkeypatch.setattr(train.Architect, "step", lambda self, val, batch, xi: seen["alphas"].extend(val[0].sum((1, 2, 3)).tolist()) or step(self, val, batch, xi=xi))
+    options = tiny_options("--masks", "2")
+    supernet = train.network(options, 4)
+    torch.manual_seed(0)
+    train.search(supernet, data, members, options, lambda **row: None)
+    for half, utterances in parts.items():
+        maps = data.batch(torch.from_numpy(data.store.windows_of(utterances)[0])).sum((1, 2, 3)).tolist()
+        assert len(maps) > 4 and {f"{total:.3f}" for total in maps} == {f"{total:.3f}" for total in seen[half]}
+
+
 def test_batches_hold_every_window_once_and_standardisation_is_the_training_speakers():
     listing, data = tiny_data()
     members = [i for i, u in enumerate(listing.utterances) if u.speaker in "de"]

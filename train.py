@@ -1463,7 +1463,9 @@ def read_model(file):
             else:
                 must(model.get("model") in BASELINES, "of no model that is known here")
                 net = Baseline(model["model"], len(classes), settings.coefficients)
-        must(alike(model["weights"], {**net.state_dict()}), "its weights are those of another network")
+            must(alike(model["weights"], {**net.state_dict()}), "its weights are those of another network")
+            if genotype:
+                net.eval().frames(torch.empty(1, 1, settings.coefficients, 8))  # a map may have too few rows
         must(all(w.isfinite().all() for w in model["weights"].values()), "its weights are not finite")
         must(statistics is None or alike(statistics, dict.fromkeys(("mean", "std"), torch.empty(settings.coefficients, 1))))
         must(statistics is None or statistics["mean"].isfinite().all() and (statistics["std"] > 0).all(), "its statistics are none")

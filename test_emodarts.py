@@ -1676,6 +1676,7 @@ def test_the_model_says_what_it_is(finished, monkeypatch, capsys):
         assert f"{fold['name']}: UA {100 * np.mean(recalls):.1f}, WA {100 * np.mean([r['predicted'] == r['label'] for r in rows]):.1f} of 28" in text
         assert f"torch {torch.__version__}" in text and "angry, happy, neutral, sad" in text and "smoke, protocol standard" in text
         assert f"{fold['parameters']:,}" in text and "40 mfcc, windows of 2 s" in text
+        assert fold["macs"] == 4 * train.macs(train.read_model(Path(f"one/fold{fold['fold']}/model.pt"))["net"], (40, 32))  # of 8 s
         for kind, cell in fold["genotype"].items():
             assert all(f"{op}({j})" in text.split(f"{kind} cell")[1].split("output =")[0] for node in cell for op, j in node)
 

@@ -11,24 +11,26 @@ data when the weights w are those that are best on training data *for these alph
 
     alpha* = argmin_alpha L_val(w*(alpha), alpha)     s.t.     w*(alpha) = argmin_w L_train(w, alpha)
 
-Read on in this order: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations),
-Genotype (the choice made discrete again), Network (cells from MFCC map to logits), derive, Architect (the hypergradient).
+Read on in this order: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations), Genotype
+(the choice made discrete again), Network (cells from MFCC map to logits), derive, Architect (the hypergradient).
 
 Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequence is (N, T, D) = batch, time, width.
 
 [P]  Rajapakshe et al., "emoDARTS: Joint Optimisation of CNN & Sequential Neural Network Architectures for Superior
      Speech Emotion Recognition", IEEE Access 12, 2024 (arXiv 2403.14083)
 [D]  Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019 (arXiv 1806.09055)
+[G]  Dong, Yang, "Searching for a Robust Neural Architecture in Four GPU Hours", CVPR 2019 (arXiv 1910.04465)
 """
 
 import json
+import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def conv_1x1(c_in, c_out, affine):
 def dil_conv(c, stride, affine, *, kernel, dilation=2):
     """ReLU, depthwise kernel x kernel, pointwise 1x1, BN."""
     grid = []
-    if stride == dilation == 2:  # then only the even grid is ever looked at: the same numbers, several times faster on CPU
+    if stride == dilation == 2:  # only the even grid is ever looked at: the same numbers, several times faster on CPU
         grid, stride, dilation = [EvenGrid()], 1, 1
     return nn.Sequential(
         nn.ReLU(),
@@ -121,45 +123,65 @@ CNN_OPS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SeqNN operations: (N, T, D) -> (N, T, D). The recurrence runs over time, within an utterance; never over the batch.
+# All end in a layer norm, as CNN operations end in BN, and start with weights that keep a signal's size at any depth:
+# otherwise lstm_4 begins at a hundredth of what a skip adds, and alpha measures how loud an operation is.
+
+
+def recurrent_layers(layer, width, layers, **more):
+    """nn.LSTM or nn.RNN. Gate by gate, input weights are Xavier's, recurrent ones orthogonal; the forget gate's bias is
+    1, others are 0."""
+    rnn = layer(width, width, layers, batch_first=True, **more)
+    for name, p in rnn.named_parameters():
+        gates = p.detach().chunk(len(p) // width)  # of an LSTM: input, forget, cell, output
+        for k, gate in enumerate(gates):
+            if "weight_ih" in name:
+                nn.init.xavier_uniform_(gate)
+            elif "weight_hh" in name:
+                nn.init.orthogonal_(gate)
+            else:
+                nn.init.constant_(gate, float("bias_ih" in name and len(gates) == 4 and k == 1))
+    return rnn
 
 
 class Recurrent(nn.Module):
     """`lstm_k`, `rnn_k`: k stacked layers, one direction."""
 
-    def __init__(self, width, *, layer, layers):
+    def __init__(self, width, affine, *, layer, layers):
         super().__init__()
-        self.rnn = layer(width, width, layers, batch_first=True)
+        self.rnn = recurrent_layers(layer, width, layers)
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine)
 
     def forward(self, x):
-        return self.rnn(x)[0]
+        return self.norm(self.rnn(x)[0])
 
 
 class RecurrentAttention(nn.Module):
     """`lstm_att_k`, `rnn_att_k`: k stacked bidirectional layers, then additive attention over time.
 
-    With h_t the output at frame t and q the final hidden state of both directions (each 2D wide):
+    With h_t the output at frame t and q the last output of both directions (each 2D wide):
         a = softmax over t of  v . tanh(W [h_t, q]),      context = sum_t a_t h_t,      y_t = P [h_t, context]
     """
 
-    def __init__(self, width, *, layer, layers):
+    def __init__(self, width, affine, *, layer, layers):
         super().__init__()
-        self.rnn = layer(width, width, layers, batch_first=True, bidirectional=True)
+        self.rnn = recurrent_layers(layer, width, layers, bidirectional=True)
         self.score = nn.Sequential(nn.Linear(4 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         self.project = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine)
 
     def forward(self, x):  # (N, T, D)
-        h, last = self.rnn(x)  # h (N, T, 2D); last (2 * layers, N, D), for an LSTM a pair of it and the cell state
-        last = last[0] if isinstance(last, tuple) else last
-        q = torch.cat([last[-2], last[-1]], dim=1)[:, None].expand_as(h)  # (N, 2D) -> (N, T, 2D)
+        h, _ = self.rnn(x)  # (N, T, 2D): the forward half ends with the last frame, the backward half with the first
+        forward, backward = h.chunk(2, dim=2)
+        q = torch.cat([forward[:, -1:], backward[:, :1]], dim=2).expand_as(h)  # (N, 1, 2D) -> (N, T, 2D)
         a = self.score(torch.cat([h, q], dim=2)).softmax(dim=1)  # (N, T, 1), sums to 1 over T
         context = (a * h).sum(dim=1, keepdim=True).expand_as(h)  # (N, 1, 2D) -> (N, T, 2D)
-        return self.project(torch.cat([h, context], dim=2))  # (N, T, 4D) -> (N, T, D)
+        return self.norm(self.project(torch.cat([h, context], dim=2)))  # (N, T, 4D) -> (N, T, D)
 
 
-# name -> constructor(width)
+# name -> constructor(width, affine)
 SEQ_OPS = {
-    "none": lambda width: Zero(),
-    "skip_connect": lambda width: nn.Identity(),
+    "none": lambda width, affine: Zero(),
+    "skip_connect": lambda width, affine: nn.Identity(),
     **{f"lstm_{k}": partial(Recurrent, layer=nn.LSTM, layers=k) for k in (1, 2, 3, 4)},
     **{f"rnn_{k}": partial(Recurrent, layer=nn.RNN, layers=k) for k in (1, 2, 3, 4)},
     **{f"lstm_att_{k}": partial(RecurrentAttention, layer=nn.LSTM, layers=k) for k in (1, 2)},
@@ -176,70 +198,32 @@ for _family, _depths in {"lstm": 4, "rnn": 4, "lstm_att": 2, "rnn_att": 2}.items
 # The mixed operation, and the cell: a graph of them.
 
 
-def drop_path(x, p):
-    """Zeroes an edge's or an operation's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
-    keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return x * keep / (1 - p)
-
-
-def through(op, x, known):
-    """op(x). `known` remembers what the modules before the first weights have returned for this x, as several operations
-    have them in common (`Cell.share`)."""
-    begins = True
-    for module in op if isinstance(op, nn.Sequential) else (op,):
-        begins = begins and not any(True for _ in module.parameters())
-        if begins:
-            if module not in known:
-                known[module] = module(x)
-            x = known[module]
-        else:
-            x = module(x)
-    return x
-
-
 class MixedOp(nn.Module):
     """An edge that is not yet decided: every candidate operation, weighted by the softmax of its alpha [D eq. 2],
 
         o_bar(x) = sum_o softmax(alpha)_o * o(x)
 
     `ops`: name -> module; all return the same shape. `weight`: softmax(alpha), shape (len(ops),). Without `weight` the
-    edge is decided and holds one operation. `known`: see `through`. `p_drop`: while training, the share of utterances for
-    which an operation that has nothing to learn is dropped. Such operations are good from the first step, long before the
-    convolutions are, and a search that is not held back ends with little else (Chen et al., "P-DARTS", ICCV 2019).
+    edge is decided and holds one operation. `drawn`: number of the only operation that is computed, see
+    `Network.relaxed`. `call(op, x)` computes an operation; `Cell` has a faster way than op(x).
     """
-
-    AHEAD = ("max_pool_3x3", "avg_pool_3x3", "skip_connect")
 
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
 
-    def forward(self, x, weight=None, known=None, p_drop=0.0):
+    def forward(self, x, weight=None, drawn=None, call=nn.Module.__call__):
+        ops = list(self.ops.values())
         if weight is None:
-            (op,) = self.ops.values()
-            return op(x) if known is None else through(op, x, known)
-        y = None  # `none` adds nothing to the sum; its alpha still counts, as it takes its share of the softmax
-        for w, (name, op) in zip(weight, self.ops.items()):
-            if name != "none":
-                out = op(x) if known is None else through(op, x, known)
-                if self.training and p_drop > 0 and name in self.AHEAD:
-                    out = drop_path(out, p_drop)
+            return call(ops[0], x)
+        if drawn is not None:
+            return weight[drawn] * call(ops[drawn], x)
+        y = None
+        for w, name, op in zip(weight, self.ops, ops):
+            if name != "none":  # adds nothing; its alpha still counts, as it takes its share of the softmax
+                out = call(op, x)
                 y = w * out if y is None else y.addcmul_(w, out)  # y + w * out without a copy of y
         return y
-
-
-@contextmanager
-def without_statistics(net):
-    """Inside, batch norm in training mode normalises by the batch as always, but updates copies of its running statistics."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    kept = [(m, name, getattr(m, name)) for m in norms for name in ("running_mean", "running_var", "num_batches_tracked")]
-    for m, name, statistic in kept:
-        setattr(m, name, statistic.clone())
-    try:
-        yield
-    finally:
-        for m, name, statistic in kept:
-            setattr(m, name, statistic)
 
 
 class Cell(nn.Module):
@@ -252,59 +236,98 @@ class Cell(nn.Module):
     """
 
     concat = 1  # the axis of C in (N, C, F, T)
-    recompute, shares = False, True
+    recompute, recompute_edge_by_edge = False, False
 
     def __init__(self, kind, wiring, make, before=(nn.Identity, nn.Identity)):
         super().__init__()
         self.kind = kind
         self.before = nn.ModuleList(make_input() for make_input in before)
         self.edges = nn.ModuleDict()
-        self.leaving = [[] for _ in range(len(wiring) + 2)]  # of each state j, its edges: (node i, row of the alphas)
+        self.leaving = [[] for _ in range(len(wiring) + 2)]  # of state j: its edges (i, j, row of the alphas)
         for i, node in enumerate(wiring, start=2):
             for j, names in node:
-                self.leaving[j].append((i, len(self.edges)))
+                self.leaving[j].append((i, j, len(self.edges)))
                 self.edges[f"{j}_{i}"] = MixedOp({name: make(name, j) for name in names})
-        for j in range(len(self.leaving)):
-            self.share(j)
+        for edges in self.leaving:
+            share([op for i, j, _ in edges for op in self.edges[f"{j}_{i}"].ops.values()])
 
-    def share(self, j):
-        """Of the edges that leave state j, operations that begin alike get one module for it as long as it has no
-        parameters: the ReLU, the grid, pooling with the BN that follows while it has no scale."""
-        begun = {}
-        for i, _ in self.leaving[j]:
-            for op in self.edges[f"{j}_{i}"].ops.values():
-                for k, module in enumerate(op if isinstance(op, nn.Sequential) else ()):
-                    if any(True for _ in module.parameters()):
-                        break
-                    op[k] = begun.setdefault(repr(op[: k + 1]), module)
-
-    def forward(self, s0, s1, weight=None, p_drop=0.0):
-        """`weight`: softmax(alpha), (edges, operations), edges ordered by node, then predecessor; None when derived. `p_drop`:
-        while searching that of `MixedOp`, of a decided cell the share of utterances for which an edge is dropped (drop-path)."""
-        states = [before(s) for before, s in zip(self.before, (s0, s1))]
-        arrived = [[] for _ in self.leaving]
+    def forward(self, s0, s1, weight=None, drawn=None, p_drop=0.0):
+        """`weight`: (edges, operations), edges ordered by node, then predecessor, and `drawn`, (edges,): see `MixedOp`.
+        `p_drop`: the share of utterances for which an edge of a derived cell is dropped in training (drop-path)."""
+        states = [self.before[0](s0), self.before[1](s1)]
+        arrived = [[] for _ in self.leaving]  # at state i: edge_ji(state j), in the order of j
         for j, edges in enumerate(self.leaving):
             if j >= 2:
                 states.append(reduce(torch.add, arrived[j]))
-            outputs = []
-            for part in [edges] if self.shares else [[edge] for edge in edges]:
-                if self.recompute and torch.is_grad_enabled():  # keep the state only, and compute its edges again on the way back
-                    outputs += checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
-                        self.leave, part, j, states[j], weight, p_drop, use_reentrant=False,
-                        context_fn=lambda: (nullcontext(), without_statistics(self)),
-                    )  # fmt: skip
-                else:
-                    outputs += self.leave(part, j, states[j], weight, p_drop)
-            for (i, _), y in zip(edges, outputs):
-                if weight is None and self.training and p_drop > 0 and "skip_connect" not in self.edges[f"{j}_{i}"].ops:  # a skip keeps the path alive
-                    y = drop_path(y, p_drop)
+            for (i, _, _), y in zip(edges, self.leave(edges, states[j], weight, drawn, p_drop)):
                 arrived[i].append(y)
         return torch.cat(states[2:], dim=self.concat)
 
-    def leave(self, edges, j, x, weight, p_drop):
-        """State j -> the outputs of edges that leave it. What they have in common is computed once."""
-        known = {}
-        return [self.edges[f"{j}_{i}"](x, None if weight is None else weight[row], known, p_drop) for i, row in edges]
+    def leave(self, edges, x, *choice):
+        """State j -> the outputs of the edges that leave it. With `recompute` only the state is kept, and its edges are
+        computed again on the way back: less memory, more time, the same bits."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.along(edges, x, *choice)
+        outputs = []
+        for part in [[edge] for edge in edges] if self.recompute_edge_by_edge else [edges]:
+            outputs += checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
+                self.along, part, x, *choice, use_reentrant=False,
+                context_fn=lambda: (nullcontext(), without_statistics(self)),
+            )
+        return outputs
+
+    def along(self, edges, x, weight, drawn, p_drop):
+        call = partial(shared_call, known={})
+        outputs = []
+        for i, j, row in edges:
+            edge = self.edges[f"{j}_{i}"]
+            y = edge(x, weight and weight[row], drawn and drawn[row], call)
+            if weight is None and self.training and p_drop > 0 and "skip_connect" not in edge.ops:
+                y = drop_path(y, p_drop)  # never of a skip, which keeps the path alive
+            outputs.append(y)
+        return outputs
+
+
+def share(ops):
+    """Operations on edges that leave one state and begin alike get one module for it, as long as it has no weights: the
+    ReLU, the grid, pooling with the BN behind it while that has no scale. Computed once, a step is 1.3 times faster."""
+    begun = {}
+    for op in ops:
+        for k, module in enumerate(op if isinstance(op, nn.Sequential) else ()):
+            if any(True for _ in module.parameters()):
+                break
+            op[k] = begun.setdefault(repr(op[: k + 1]), module)
+
+
+def shared_call(op, x, known):
+    """op(x). `known` remembers what modules before the first weights have returned for this x: module -> output."""
+    begins = True
+    for module in op if isinstance(op, nn.Sequential) else (op,):
+        begins = begins and not any(True for _ in module.parameters())
+        if begins and module not in known:
+            known[module] = module(x)
+        x = known[module] if begins else module(x)
+    return x
+
+
+def drop_path(x, p):
+    """Zeroes an edge's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
+    keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
+    return x * keep / (1 - p)
+
+
+@contextmanager
+def without_statistics(net):
+    """Inside, batch norm in training mode normalises by the batch as always, but updates copies of its statistics."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m, name, statistic) for m in norms for name, statistic in m.named_buffers(recurse=False)]
+    for m, name, statistic in kept:
+        setattr(m, name, statistic.clone())
+    try:
+        yield
+    finally:
+        for m, name, statistic in kept:
+            setattr(m, name, statistic)
 
 
 class CNNCell(Cell):
@@ -315,22 +338,22 @@ class CNNCell(Cell):
     """
 
     def __init__(self, kind, wiring, c0, c1, c, halve_s0, affine):
-        super().__init__(
-            kind,
-            wiring,
-            lambda name, j: CNN_OPS[name](c, 2 if kind == "reduce" and j < 2 else 1, affine),
-            before=(partial(factorized_reduce if halve_s0 else conv_1x1, c0, c, affine), partial(conv_1x1, c1, c, affine)),
-        )
+        def make(name, j):
+            stride = 2 if kind == "reduce" and j < 2 else 1
+            return CNN_OPS[name](c, stride, affine)
+
+        before = factorized_reduce if halve_s0 else conv_1x1
+        super().__init__(kind, wiring, make, (partial(before, c0, c, affine), partial(conv_1x1, c1, c, affine)))
 
 
 class SeqCell(Cell):
     """(N, T, D), (N, T, D) -> (N, T, D). Adaptive average pooling brings the nodes * D features back to D."""
 
     concat = 2  # the axis of D in (N, T, D)
-    shares = False  # its operations have nothing in common, and less memory is taken when edges are computed again one by one
+    recompute_edge_by_edge = True  # they have nothing in common, and one at a time takes less memory
 
-    def __init__(self, wiring, width):
-        super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width))
+    def __init__(self, wiring, width, affine):
+        super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine))
         self.width = width
 
     def forward(self, *args):
@@ -355,63 +378,77 @@ class Genotype:
     seq: tuple = None
 
     def __post_init__(self):
-        for kind in ("normal", "reduce", "seq"):
-            if getattr(self, kind) is not None:
-                object.__setattr__(self, kind, self._checked(kind, getattr(self, kind)))
+        for kind, cell in self.cells().items():
+            object.__setattr__(self, kind, checked_cell(kind, cell))  # lists, as JSON has them, become tuples
 
-    @staticmethod
-    def _checked(kind, cell):
-        known = SEQ_OPS if kind == "seq" else CNN_OPS
-        if not isinstance(cell, (list, tuple)) or not cell:
-            raise ValueError(f"genotype, {kind} cell: expected a list of at least one node, found {cell!r:.80}")
-        nodes = []
-        for i, node in enumerate(cell, start=2):
-            where = f"genotype, {kind} cell, node {i}"
-            if not isinstance(node, (list, tuple)) or not node:
-                raise ValueError(f"{where}: expected a list of at least one edge, found {node!r:.80}")
-            for edge in node:
-                if not isinstance(edge, (list, tuple)) or len(edge) != 2:
-                    raise ValueError(f"{where}: expected an edge [operation, predecessor], found {edge!r:.80}")
-                op, j = edge
-                if not isinstance(op, str) or op not in known:
-                    raise ValueError(f"{where}: unknown operation {op!r:.80}; known: {', '.join(known)}")
-                if type(j) is not int or not 0 <= j < i:
-                    raise ValueError(f"{where}: predecessor {j!r:.80} does not exist; known: {', '.join(map(str, range(i)))}")
-            if len({j for _, j in node}) < len(node):
-                raise ValueError(f"{where}: the same predecessor stands twice; each of its edges needs its own")
-            nodes.append(tuple((op, j) for op, j in node))
-        return tuple(nodes)
+    def cells(self):
+        """{kind: cell} of the cells that are there."""
+        return {kind: cell for kind, cell in vars(self).items() if cell is not None}
 
     def to_json(self):
-        cells = (f'"{kind}": {json.dumps(cell)}' for kind, cell in asdict(self).items() if cell is not None)
-        return "{\n  " + ",\n  ".join(cells) + "\n}\n"
+        return "{\n  " + ",\n  ".join(f'"{kind}": {json.dumps(cell)}' for kind, cell in self.cells().items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text):
         try:
-            cells = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"genotype: not a JSON text ({error})") from None
-        if not isinstance(cells, dict):
-            raise ValueError(f"genotype: expected an object with the cells normal, reduce, seq, found {cells!r:.80}")
-        for kind in cells:
-            if kind not in ("normal", "reduce", "seq"):
-                raise ValueError(f"genotype: unknown cell {kind!r:.80}; known: normal, reduce, seq")
-        return cls(**cells)
+            return cls(**json.loads(text))
+        except (TypeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"genotype: expected a JSON object with the cells normal, reduce, seq ({error})") from None
 
     def __str__(self):
         lines = []
-        for kind, cell in asdict(self).items():
-            if cell is not None:
-                lines.append(f"{kind} cell (0, 1: the outputs of the two cells before)")
-                for i, node in enumerate(cell, start=2):
-                    lines.append(f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node))
-                lines.append(f"  output = [{', '.join(str(i) for i in range(2, len(cell) + 2))}]")
+        for kind, cell in self.cells().items():
+            lines.append(f"{kind} cell (0, 1: the outputs of the two cells before)")
+            for i, node in enumerate(cell, start=2):
+                lines.append(f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node))
+            lines.append(f"  output = [{', '.join(str(i) for i in range(2, len(cell) + 2))}]")
         return "\n".join(lines)
+
+
+def checked_cell(kind, cell):
+    """A cell of a genotype as tuples; ValueError for what is none."""
+    known = SEQ_OPS if kind == "seq" else CNN_OPS
+    try:
+        nodes = tuple(tuple((op, j) for op, j in node) for node in cell)
+    except (TypeError, ValueError):
+        nodes = ()
+    if not nodes or not all(nodes):
+        raise ValueError(
+            f"genotype, {kind} cell: expected a list of nodes, each a list of edges [operation, predecessor], "
+            f"at least one of each, found {cell!r:.80}"
+        )
+    for i, node in enumerate(nodes, start=2):
+        where = f"genotype, {kind} cell, node {i}"
+        for op, j in node:
+            if not isinstance(op, str) or op not in known:
+                raise ValueError(f"{where}: unknown operation {op!r:.80}; known: {', '.join(known)}")
+            if type(j) is not int or not 0 <= j < i:
+                raise ValueError(f"{where}: no predecessor {j!r:.80}; known: {', '.join(map(str, range(i)))}")
+        if len({j for _, j in node}) < len(node):
+            raise ValueError(f"{where}: the same predecessor stands twice; each of its edges needs its own")
+    return nodes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network, in both of its lives.
+
+RELAXATIONS = ("softmax", "sample")
+
+
+class Frames(nn.Module):
+    """(N, C, F, T) -> (N, T, D), what the SeqNN hears of each frame: the mean over F, D = C, as in the paper; with a
+    `width` all of its C x F features through a linear layer, D = width, LayerNorm and dropout. T stays."""
+
+    def __init__(self, c, f, width=None, dropout=0.3):
+        super().__init__()
+        self.project = None
+        if width:
+            self.project = nn.Sequential(nn.Linear(c * f, width), nn.LayerNorm(width), nn.Dropout(dropout))
+
+    def forward(self, x):
+        if self.project is None:
+            return x.mean(dim=2).transpose(1, 2)  # (N, C, F, T) -> (N, C, T) -> (N, T, C)
+        return self.project(x.flatten(1, 2).transpose(1, 2))  # (N, C, F, T) -> (N, C F, T) -> (N, T, C F) -> (N, T, D)
 
 
 class Network(nn.Module):
@@ -419,71 +456,76 @@ class Network(nn.Module):
     and there are alphas), with one the derived network (every edge is the operation that was found, no alphas).
 
     classes      number of emotions
+    features     F of the maps
     channels     channels of the first CNN cell; each of the (at most two) reduction cells doubles them
     cnn_cells    at least 1; reduction cells stand at 1/3 and 2/3 of the depth
     seq_cells    0 gives the CNN-only search of 2023
     nodes        nodes a cell, of the supernet; a genotype brings its own
     stem_stride  2 halves the input map before the first cell
-    bands        the SeqNN sees the mean of each of so many parts of the frequency axis; 1, the paper's, does not tell low from high
+    seq_width    D of the SeqNN, to which `Frames` projects; None, the paper's, is the mean over F
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
+    relaxation   "softmax" or "sample", see `relaxed`; of the supernet
     dropout      after each cell
-    recompute    cells keep their states only, edges are computed again on the way back: less memory, more time, same gradients
-    fixed        a Genotype of the cells that the search leaves as they are; of the supernet
+    recompute    cells keep their states only, see `Cell.leave`
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
+    fixed        a Genotype of the cells that the search leaves as they are; of the supernet
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
-    that these sizes need. `drop_path`, an attribute, is the share dropped in training, of what `Cell` says (0 at first).
+    that these sizes need. Attributes: `drop_path`, the share of edges dropped in training (0 at first); `draws`, the
+    torch.Generator of sampled operations (None: torch's own).
     """
 
-    def __init__(
-        self, *, classes=4, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1, bands=1, seq_space="all", dropout=0.3,
-        recompute=False, amp=False, fixed=None, genotype=None,
-    ):  # fmt: skip
+    def __init__(self, *, classes=4, features=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
+                 seq_width=None, seq_space="all", relaxation="softmax", dropout=0.3, recompute=False, amp=False,
+                 fixed=None, genotype=None):
         super().__init__()
-        for name, size, least in (
-            ("classes", classes, 1), ("channels", channels, 1), ("cnn_cells", cnn_cells, 1),
-            ("seq_cells", seq_cells, 0), ("nodes", nodes, 1), ("stem_stride", stem_stride, 1), ("bands", bands, 1),
-        ):  # fmt: skip
+        for name, size, least in (("classes", classes, 1), ("features", features, 1), ("channels", channels, 1),
+                                  ("cnn_cells", cnn_cells, 1), ("seq_cells", seq_cells, 0), ("nodes", nodes, 1),
+                                  ("stem_stride", stem_stride, 1), ("seq_width", seq_width or 1, 1)):
             if size < least:
                 raise ValueError(f"{name} is {size}, expected at least {least}")
-        if seq_space not in SEQ_SPACES:
-            raise ValueError(f"unknown seq_space {seq_space!r}; known: {', '.join(SEQ_SPACES)}")
+        for name, value, known in (("seq_space", seq_space, SEQ_SPACES), ("relaxation", relaxation, RELAXATIONS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        self.relaxation, self.draws, self.amp, self.nodes, self.drop_path = relaxation, None, amp, nodes, 0.0
+        self.dropout = nn.Dropout(dropout)
         reductions = {cnn_cells // 3, 2 * cnn_cells // 3}
-        kinds = ["reduce" if k in reductions else "normal" for k in range(cnn_cells)]
-        needed = [kind for kind in ("normal", "reduce") if kind in kinds] + ["seq"] * (seq_cells > 0)
-        there = {kind: cell for kind, cell in vars(genotype or fixed or Genotype()).items() if cell is not None}
-        self.fixed, self.candidates = there, {}  # cells that are decided; of the others, the operations to choose from
-        for kind in needed:
-            if kind not in there and genotype is not None:
-                raise ValueError(
-                    f"the genotype has no {kind} cell, which a network of {cnn_cells} CNN and {seq_cells} SeqNN cells "
-                    f"needs; it has: {', '.join(there) or 'none'}"
-                )
-            if kind not in there:
-                self.candidates[kind] = SEQ_SPACES[seq_space] if kind == "seq" else tuple(CNN_OPS)
-        every = {kind: [[(j, (op,)) for op, j in node] for node in cell] for kind, cell in there.items()}
-        for kind, names in self.candidates.items():
-            every[kind] = [[(j, names) for j in range(i)] for i in range(2, nodes + 2)]
-
+        kinds = ["reduce" if k in reductions else "normal" for k in range(cnn_cells)] + ["seq"] * seq_cells
+        wiring = self.wire(kinds, genotype, fixed or Genotype(), seq_space)
         affine = genotype is not None
-        c, c0, c1 = channels, 3 * channels, 3 * channels
-        self.stem = nn.Sequential(nn.Conv2d(1, c1, 3, stem_stride, padding=1, bias=False), nn.BatchNorm2d(c1))
+        c, f = channels, -(-features // stem_stride)
+        before = [(3 * c, f), (3 * c, f)]  # channels and F of the two outputs before
+        self.stem = nn.Sequential(nn.Conv2d(1, 3 * c, 3, stem_stride, padding=1, bias=False), nn.BatchNorm2d(3 * c))
         self.cnn = nn.ModuleList()
-        for k, kind in enumerate(kinds):
-            c = 2 * c if kind == "reduce" else c
-            self.cnn.append(CNNCell(kind, every[kind], c0, c1, c, k > 0 and kinds[k - 1] == "reduce", affine))
-            c0, c1 = c1, len(every[kind]) * c
-        c1 = bands * c1
-        self.seq = nn.ModuleList(SeqCell(every["seq"], c1) for _ in range(seq_cells))
+        for k, kind in enumerate(kinds[:cnn_cells]):
+            if kind == "reduce":
+                c, f = 2 * c, -(-f // 2)
+            halve_s0 = k > 0 and kinds[k - 1] == "reduce"
+            self.cnn.append(CNNCell(kind, wiring[kind], before[0][0], before[1][0], c, halve_s0, affine))
+            before = [before[1], (len(wiring[kind]) * c, f)]
+        width = seq_width or before[1][0]
+        heard = before if seq_cells else before[1:]  # a network without SeqNN cells has no use for the older output
+        self.hear = nn.ModuleList(Frames(*size, seq_width) for size in heard)
+        self.seq = nn.ModuleList(SeqCell(wiring["seq"], width, affine) for _ in range(seq_cells))
         for cell in (*self.cnn, *self.seq):
             cell.recompute = recompute
-        self.head = nn.Linear(c1, classes)
-        self.dropout = nn.Dropout(dropout)
-        self.drop_path, self.amp, self.nodes, self.bands = 0.0, amp, nodes, bands
-        # One alpha for all cells of a kind, (edges, operations), nearly uniform at first.
-        self.alpha = nn.ParameterDict()
-        for kind, names in self.candidates.items():
-            self.alpha[kind] = nn.Parameter(1e-3 * torch.randn(sum(map(len, every[kind])), len(names)))
+        self.head = nn.Linear(width, classes)
+
+    def wire(self, kinds, genotype, fixed, seq_space):
+        """-> the wiring of each kind of cell, see `Cell`. Makes the alphas of those that are to be searched."""
+        self.fixed = (genotype or fixed).cells()  # cells that are decided
+        self.candidates = {}  # of the others, the operations to choose from
+        self.alpha = nn.ParameterDict()  # one for all cells of a kind, (edges, operations), nearly uniform at first
+        wiring = {kind: [[(j, (op,)) for op, j in node] for node in cell] for kind, cell in self.fixed.items()}
+        for kind in ("normal", "reduce", "seq"):
+            if kind in kinds and kind not in self.fixed:
+                names = self.candidates[kind] = SEQ_SPACES[seq_space] if kind == "seq" else tuple(CNN_OPS)
+                wiring[kind] = [[(j, names) for j in range(i)] for i in range(2, self.nodes + 2)]
+                self.alpha[kind] = nn.Parameter(1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names)))
+        if genotype is not None and self.candidates:
+            raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which this depth needs; "
+                             f"it has: {', '.join(self.fixed) or 'none'}")
+        return wiring
 
     def weights(self):
         """The parameters w of the lower level: all but the alphas."""
@@ -499,26 +541,62 @@ class Network(nn.Module):
             logits = self.classify(*self.frames(x))
         return logits.float() if self.amp else logits
 
+    def relaxed(self, kind):
+        """The choice on each edge, made continuous: -> (weights, drawn), each a list over the edges, see `MixedOp`.
+
+        softmax  softmax(alpha), and all operations are computed [D eq. 2]
+        sample   in training: one operation is drawn from the softmax and computed alone [G eq. 3, straight-through
+                 Gumbel]. With g_o = -log(-log u_o), u uniform, and p = softmax(alpha + g), it is k = argmax p, which is
+                 o with probability softmax(alpha)_o; its weight is 1 going forward and p_k on the way back
+        """
+        if kind not in self.alpha:
+            return None, None
+        alpha = self.alpha[kind]
+        if self.relaxation == "softmax" or not self.training:
+            return list(alpha.softmax(dim=-1)), None
+        gumbel = -torch.empty(alpha.shape).exponential_(generator=self.draws).log()  # drawn on the CPU for any device
+        p = (alpha + gumbel.to(alpha)).softmax(dim=-1)
+        weight = (F.one_hot(p.argmax(dim=-1), p.shape[1]) - p).detach() + p
+        return list(weight), p.argmax(dim=-1).tolist()
+
+    def through(self, cells, s0, s1):
+        """(output of the cell before last, output of the last cell) before these cells -> the same behind them."""
+        choices = {kind: self.relaxed(kind) for kind in dict.fromkeys(cell.kind for cell in cells)}
+        for cell in cells:
+            s0, s1 = s1, self.dropout(cell(s0, s1, *choices[cell.kind], self.drop_path))
+        return s0, s1
+
     def frames(self, x):
         """The CNN half: (N, 1, F, T) -> its last two outputs as sequences in time, each (N, T', D)."""
-        s0 = s1 = self.stem(x)  # (N, 3 channels, F, T)
-        weight = {kind: alpha.softmax(dim=-1) for kind, alpha in self.alpha.items()}
-        for cell in self.cnn:
-            s0, s1 = s1, self.dropout(cell(s0, s1, weight.get(cell.kind), self.drop_path))
-        if s1.shape[2] < self.bands:
-            raise ValueError(f"bands is {self.bands}, and the map behind the CNN cells has {s1.shape[2]} rows; expected at most as many")
-        parts = [[part.mean(dim=2) for part in s.tensor_split(self.bands, dim=2)] for s in (s0, s1)]  # (N, C, F, T) -> bands of (N, C, T)
-        s0, s1 = (torch.cat(means, dim=1).transpose(1, 2) for means in parts)  # -> (N, T, bands C): F is averaged, T stays
-        if s0.shape != s1.shape:  # at depths other than 4 the older output may be longer or narrower
+        x = self.stem(x)  # (N, 3 channels, F, T)
+        s0, s1 = self.through(self.cnn, x, x)
+        s1 = self.hear[-1](s1)
+        s0 = self.hear[0](s0) if len(self.seq) else s1
+        if s0.shape != s1.shape:  # the older output may be longer, or at depths other than 4 narrower
             s0 = F.adaptive_avg_pool2d(s0, s1.shape[1:])
         return s0, s1
 
     def classify(self, s0, s1):
         """The SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)."""
-        weight = {kind: alpha.softmax(dim=-1) for kind, alpha in self.alpha.items()}
-        for cell in self.seq:
-            s0, s1 = s1, self.dropout(cell(s0, s1, weight.get(cell.kind), self.drop_path))
+        _, s1 = self.through(self.seq, s0, s1)
         return self.head(s1.mean(dim=1))  # (N, T, D) -> (N, D) -> (N, classes)
+
+
+@contextmanager
+def decided(net, genotype):
+    """Inside, a supernet computes with its own weights what the derived network would: the alphas say the genotype."""
+    searched = [p.detach().clone() for p in net.alphas()]
+    with torch.no_grad():
+        for kind, names in net.candidates.items():
+            chosen = {(j, i): op for i, node in enumerate(genotype.cells()[kind], start=2) for op, j in node}
+            edges = [(j, i) for i in range(2, net.nodes + 2) for j in range(i)]
+            net.alpha[kind].fill_(-math.inf)
+            for row, edge in enumerate(edges):
+                net.alpha[kind][row, names.index(chosen.get(edge, "none"))] = 0.0
+    try:
+        yield
+    finally:
+        set_to(net.alphas(), searched)
 
 
 def derive(net):
@@ -529,27 +607,30 @@ def derive(net):
     """
     cells = dict(net.fixed)
     for kind, names in net.candidates.items():
-        weight = net.alpha[kind].detach().softmax(dim=-1).tolist()
-        nodes, row = [], 0
-        while row < len(weight):
+        rows = iter(net.alpha[kind].detach().softmax(dim=-1).tolist())
+        nodes = []
+        for i in range(2, net.nodes + 2):
             edges = []
-            for j in range(len(nodes) + 2):  # node i = len(nodes) + 2 has the predecessors 0 .. i - 1
-                op = max((name for name in names if name != "none"), key=lambda name: weight[row + j][names.index(name)])
-                edges.append((weight[row + j][names.index(op)], j, op))
-            row += len(edges)
+            for j in range(i):
+                strength = {name: weight for name, weight in zip(names, next(rows)) if name != "none"}
+                op = max(strength, key=strength.get)
+                edges.append((strength[op], j, op))
             strongest = sorted(edges, key=lambda edge: -edge[0])[:2]
-            nodes.append(tuple((op, j) for _, j, op in sorted(strongest, key=lambda edge: edge[1])))
-        cells[kind] = tuple(nodes)
+            nodes.append([(op, j) for _, j, op in sorted(strongest, key=lambda edge: edge[1])])
+        cells[kind] = nodes
     return Genotype(**cells)
 
 
 def random_genotype(net):
-    """Uniformly drawn from the space of a supernet: what a search has to beat. Two predecessors a node, as `derive` has them."""
+    """Uniformly drawn from a supernet's space: what a search has to beat. Two edges a node, as `derive` keeps them."""
     cells = dict(net.fixed)
     for kind, names in net.candidates.items():
         names = [name for name in names if name != "none"]
-        pairs = [torch.randperm(i)[:2].sort().values.tolist() for i in range(2, net.nodes + 2)]
-        cells[kind] = tuple(tuple((names[torch.randint(len(names), ())], j) for j in pair) for pair in pairs)
+        nodes = []
+        for i in range(2, net.nodes + 2):
+            pair = torch.randperm(i)[:2].sort().values.tolist()
+            nodes.append([(names[torch.randint(len(names), ())], j) for j in pair])
+        cells[kind] = nodes
     return Genotype(**cells)
 
 
@@ -558,29 +639,14 @@ def expected_parameters(net):
     total = torch.zeros((), device=next(net.parameters()).device)
     for cell in (*net.cnn, *net.seq):
         if cell.kind in net.alpha:
-            sizes = [[sum(p.numel() for p in op.parameters()) for op in edge.ops.values()] for edge in cell.edges.values()]
+            edges = cell.edges.values()
+            sizes = [[sum(map(torch.numel, op.parameters())) for op in edge.ops.values()] for edge in edges]
             total = total + (net.alpha[cell.kind].softmax(dim=-1) * torch.tensor(sizes).to(total)).sum()
     return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The architect: how the alphas move.
-
-
-def ranks():
-    """-> (number of this rank, number of ranks) that share each batch; (0, 1) without torch.distributed."""
-    there = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
-
-
-def reduced(loss, gradients):
-    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
-    if ranks()[1] == 1:
-        return loss, gradients
-    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])  # (1 + number of parameters,)
-    distributed.all_reduce(flat)
-    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
-    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
 
 
 class Architect:
@@ -595,15 +661,17 @@ class Architect:
 
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
     after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val.
-
-    Where torch.distributed is initialised, the ranks share each batch: x is this rank's part of it (it may be empty),
-    `loss` returns this rank's summand of the loss of the whole, and all ranks move the alphas by the same bits.
+    `reduce(loss, gradients)` -> both, summed over processes that share each batch: `loss` then returns the summand of
+    this process, and all processes move the alphas by the same bits.
     """
 
-    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
+    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None,
+                 reduce=None):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")
-        self.net, self.loss, self.order, self.penalty = net, loss, order, penalty
+        if order == 2 and net.relaxation == "sample":
+            raise ValueError("order 2 goes with relaxation softmax: each of its passes would draw another network")
+        self.net, self.loss, self.order, self.penalty, self.reduce = net, loss, order, penalty, reduce
         self.optimizer = torch.optim.Adam(net.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
 
     def step(self, val, train=None, xi=0.0):
@@ -658,13 +726,12 @@ class Architect:
     def gradient(self, batch, parameters, masks=None):
         """Loss of a batch and its gradients. `masks`: seed of the dropout masks; without one they are drawn afresh."""
         x, target = batch
-        if not len(x):
-            return reduced(x.new_zeros(()), [torch.zeros_like(p) for p in parameters])
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else [], enabled=masks is not None):
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        return reduced(loss.detach(), torch.autograd.grad(loss, parameters))
+        gradients = torch.autograd.grad(loss, parameters)
+        return self.reduce(loss.detach(), gradients) if self.reduce else (loss.detach(), gradients)
 
 
 @torch.no_grad()

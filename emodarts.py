@@ -730,7 +730,7 @@ class Architect:
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for what a drawn `none` cuts off
         return self.reduce(loss.detach(), gradients) if self.reduce else (loss.detach(), gradients)
 
 

@@ -2,11 +2,9 @@
 
     python features.py                                      # generates the smoke test and says what is in it
     python features.py --dataset emodb --root /data/emodb   # what is there: counts, speakers, folds, minutes
-    python features.py --dataset iemocap --root /data/IEMOCAP --protocol paper --json index.json
     python features.py --dataset csv --root mine.csv        # one's own corpus: path,label,speaker[,split]
 
-From a corpus' folder to utterances to folds: `read_corpus`, `folds`. From a wav file to windows to a store: `load`.
-A corpus is a function that yields `Utterance`s, and a row of `CORPORA`.
+A corpus' folder -> utterances -> folds: `read_corpus`, `folds`. A wav file -> windows -> store on disk: `load`.
 
     wav -> mono, 16 kHz -> 8-second windows -> MFCC (128, 512) -> max over 4 frames -> (F, T) = (128, 128), float16
 """
@@ -19,33 +17,31 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
-import threading
 import time
 import warnings
 import weakref
-import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, process
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import scipy.signal
 import torch
 import torchaudio
 from scipy.io import wavfile
+from torch.utils.data import DataLoader
 
+held = weakref.WeakSet()  # files of this process' locks; a forked child's copies would hold them for a dead parent
 try:
     import fcntl
+
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in held])
 except ImportError:  # Windows has no such locks
     fcntl = None
 
@@ -54,7 +50,8 @@ UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apa
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
 STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
-CHUNK, POOLED = 32, 2000  # recordings computed at a time; from how many on worker processes are worth their start
+RECORD = np.dtype([("windows", "<u4"), ("seconds", "<f8")])  # of a recording; one that cannot be used has no window
+POOLED = 2000  # recordings, from which on worker processes are worth the seconds that their start takes
 
 
 class InputError(Exception):
@@ -66,15 +63,11 @@ def listed(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-held = weakref.WeakSet()  # open files of this process' locks
-if fcntl:  # a forked child closes its copies: they would hold the locks on when the parent is dead
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in held])
-
-
 @contextmanager
 def lock(path, wait=True):
     """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine` is False if another
     process holds the lock and is not waited for; True where the system has no locks. A dead process' lock is free."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         held.add(file)
         mine = True
@@ -87,8 +80,6 @@ def lock(path, wait=True):
 
 
 # A corpus' folder -> utterances --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Utterance:
     path: Path  # None where a label has no recording
@@ -100,8 +91,8 @@ class Utterance:
 
 
 def below(root, name, depth=4, folders=False):
-    """Files (or folders) whose name matches the regular expression `name`, each name once, sorted, from at most `depth`
-    folders down. Hidden names (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
+    """Files (or folders) named as the regular expression says, each name once, sorted, from at most `depth` folders
+    down. Hidden ones (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
     found = {}
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = sorted(f for f in inner if not f.startswith("."))
@@ -115,45 +106,43 @@ def below(root, name, depth=4, folders=False):
 
 def lines(path):
     """Lines of a text file, with either line ending, in UTF-8 or else in latin-1."""
-    raw = Path(path).read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        return path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return path.read_text("latin-1").split("\n")
 
 
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, columns in lower case, all stripped. `columns` must be there. `form`: as of csv.reader"""
+    """Rows of a table as dicts, columns in lower case, all stripped. `columns` must be there. `form`: of csv.reader"""
     reader = csv.DictReader(lines(path), restval="", **form)
     try:
         there = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         table = [{name: value.strip() for name, value in row.items() if name is not None} for row in reader]
     except csv.Error as error:
         raise InputError(f"{path} is not a table ({error})") from None
-    missing = [name for name in columns if name not in there]
-    if missing:
-        found = f"found {','.join(there) or 'nothing'}, expected {','.join(columns)}"
-        raise InputError(f"{path} has no column {', '.join(missing)}; {found}")
+    if not set(columns) <= set(there):
+        raise InputError(f"{path} has the columns {','.join(there) or '(none)'}; expected {','.join(columns)}")
     return table
 
 
 def index_emodb(root):
-    """`03a01Wa.wav`: speaker 03, text a01, emotion W (Wut, anger), version a. A is Angst: fear, not anger."""
+    """Files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., Interspeech 2005).
+    Speaker 03, text a01, emotion W (Wut, anger), version a. A is Angst: fear, not anger."""
     for path in below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav"):
         yield Utterance(path, path.name[5].upper(), path.name[:2], group=path.name[:2])
 
 
 def index_nemo(root):
-    """`data.tsv`: a row for each file of the folder `samples` beside it, with its emotion and its speaker."""
+    """data.tsv, at most two folders down, and samples/*.wav beside it (free: github.com/amu-cai/nEMO)."""
     for table in below(root, r"data\.tsv", depth=2)[:1]:
         wavs = {path.name: path for path in below(table.parent / "samples", r".*\.wav", depth=0)}
         for row in rows(table, "file_id", "emotion", "speaker_id", delimiter="\t", quoting=csv.QUOTE_NONE):
-            yield Utterance(wavs.get(row["file_id"]), row["emotion"], row["speaker_id"], group=row["speaker_id"])
+            yield Utterance(wavs.get(row["file_id"]), row["emotion"][:3], row["speaker_id"], group=row["speaker_id"])
 
 
 def index_ravdess(root):
-    """`03-01-05-01-02-01-18.wav`: audio only, speech, emotion 05, intensity, statement, repetition, actor 18."""
+    """Files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo.org/records/1188976).
+    Audio only, speech, emotion 05, intensity, statement, repetition, actor 18. Groups of four actors."""
     for path in below(root, r"03-01(-\d\d){5}\.wav"):
         emotion, actor = path.name[6:8], path.name[18:20]
         first = (int(actor) - 1) // 4 * 4 + 1
@@ -161,17 +150,18 @@ def index_ravdess(root):
 
 
 def index_crema_d(root):
-    """`1001_DFA_ANG_XX.wav`: actor, sentence, emotion, level. 91 actors in groups of 18, the last one of 19."""
+    """Files named like 1001_DFA_ANG_XX.wav (free: github.com/CheyneyComputerScience/CREMA-D).
+    Actor, sentence, emotion, level. Groups of 18 of the 91 actors; the last one has 19."""
     for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav"):
-        actor, _, emotion, _ = path.stem.upper().split("_", 3)
+        actor, _, emotion, _ = path.stem.lower().split("_", 3)
         first = 1001 + 18 * min((int(actor) - 1001) // 18, 4)
         yield Utterance(path, emotion, actor, group=f"{first}-{1091 if first == 1073 else first + 17}")
 
 
 def index_iemocap(root):
-    """Label files hold `[6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5, 2.5, 2.5]`. The first letter is the
-    actor who wears the markers, the last one the actor who speaks. Paper: improvised turns, happy without excited, and
-    speakers of neighbouring sessions are held out together."""
+    """Folders Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav (licensed: sail.usc.edu/iemocap).
+    `[6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5, 2.5, 2.5]`: the first letter is the actor who wears the
+    markers, the last one who speaks. Paper: improvised, happy without excited; 1M 2F, ..., 5M 1F are held out."""
     turn = r"Ses0([1-5])[FM]_(?:impro0\d[ab]?|script0\d_\db?)_([FM])\d{3}"
     for session in below(root, r"Session[1-5]", depth=2, folders=True):
         wavs = {path.stem: path for path in below(session / "sentences" / "wav", turn + r"\.wav", depth=2)}
@@ -181,15 +171,15 @@ def index_iemocap(root):
                 match = len(fields) > 2 and re.fullmatch(turn, fields[1])
                 if match and line.startswith("["):
                     k, gender, code = int(match[1]), match[2], fields[2]
-                    first = k if gender == "M" else (k + 3) % 5 + 1  # of the pairs 1M 2F, 2M 3F, ... 5M 1F
+                    first = k if gender == "M" else (k + 3) % 5 + 1
                     paper = (code, f"{first}M {first % 5 + 1}F") if "_impro" in fields[1] and code != "exc" else None
                     yield Utterance(wavs.get(fields[1]), code, f"{k}{gender}", group=str(k), paper=paper)
 
 
 def index_msp_improv(root):
-    """Label files hold `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02,
-    who is of session 2, condition R; the raters say A. Then a line for each rater, which begins otherwise. Paper: turns
-    that were read (R), with the intended emotion."""
+    """Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed: UT Dallas).
+    `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02, who is of session 2,
+    condition R (read); the raters say A. Then a line for each rater. Paper: R only, with the intended emotion."""
     turn = r"-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d"
     for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
         wavs = {path.stem.upper(): path for path in below(root, f"MSP{turn}\\.wav", depth=9)}
@@ -204,8 +194,8 @@ def index_msp_improv(root):
 
 
 def index_msp_podcast(root):
-    """`FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set`. Wavs without a row, as Test3's, are normal.
-    Paper: Train, Test1 and Test2 in one, without the speakers that are not told apart."""
+    """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed: UT Dallas).
+    Wavs without a row, as Test3's, are normal. Paper: Train, Test1 and Test2 in one, without unknown speakers."""
     known = dict(train="train", validation="validation", development="validation", test1="test1", test2="test2")
     for table in below(root, r"labels_con[sc]ensus\.csv", depth=3)[:1]:
         wavs = {path.name.lower(): path for path in below(root, r"MSP-PODCAST_.*\.wav", depth=9)}
@@ -225,25 +215,21 @@ def index_csv(file):
     if not table:
         raise InputError(f"{file} has a header and no row; expected one for each recording")
     official = any(row.get("split") for row in table)
-    missing = []
     for row in table:
-        path, split = file.parent / row["path"], row["split"].lower() if official else None
+        split = row["split"].lower() if official else None
         empty = [column for column in ("path", "label", "speaker") if not row[column]]
         if empty:
             raise InputError(f"{file}: the row of {row['path'] or 'a file'} has no {empty[0]}; every row needs one")
         if official and split not in ("train", "validation", "test"):
             raise InputError(f"{file}: unknown split {split!r} of {row['path']}; known: train, validation, test")
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            missing.append(row["path"])
-        yield Utterance(path, row["label"], row["speaker"], split=split)
+        yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=split)
+    missing = [row["path"] for row in table if not os.path.isfile(file.parent / row["path"])]
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not in {file.parent}: {listed(missing)}")
 
 
 def index_smoke(root):
-    """The corpus of the first minute, generated where it is not there: voiced sounds, not speech, in files as EMO-DB has
-    them. It shows that everything runs; it says nothing about speech."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Voiced sounds, not speech, in files like EMO-DB's, generated where there are none: they show that all runs."""
     with lock(root / "lock"):  # the second of two processes waits, and finds it there
         if not (root / "wav").exists():
             make_smoke(root / "wav.part")
@@ -252,13 +238,10 @@ def index_smoke(root):
 
 
 def make_smoke(folder):
-    """A train of pulses goes through four resonances, each 90 Hz wide. The emotion moves melody, loudness, tempo and
-    brightness; the usual pitch and the length of the vocal tract are the speaker's."""
+    """Trains of pulses through four resonances, each 90 Hz wide; usual pitch and vocal tract are the speaker's."""
     voices = {  # pitch, melody, loudness, syllables/s, spectral tilt
-        "W": np.array([1.35, 0.30, 0.60, 5.5, 0.80]),
-        "F": np.array([1.45, 0.45, 0.40, 5.0, 0.88]),
-        "N": np.array([1.00, 0.12, 0.25, 4.2, 0.94]),
-        "T": np.array([0.90, 0.06, 0.12, 3.0, 0.98]),
+        "W": np.array([1.35, 0.30, 0.60, 5.5, 0.80]), "F": np.array([1.45, 0.45, 0.40, 5.0, 0.88]),
+        "N": np.array([1.00, 0.12, 0.25, 4.2, 0.94]), "T": np.array([0.90, 0.06, 0.12, 3.0, 0.98]),
     }
     vowels = [[700, 1200, 2600, 3500], [400, 2000, 2600, 3500], [300, 900, 2300, 3300], [500, 1500, 2500, 3500]]  # Hz
     rng = np.random.default_rng(0)
@@ -271,83 +254,53 @@ def make_smoke(folder):
             f0 = usual * pitch * (1 + melody * np.sin(2 * np.pi * (0.4 * tempo * t + rng.random())))
             pulses = (np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0) > 0) + 0.02 * rng.standard_normal(len(t))
             poles = np.exp(np.pi / RATE * (2j * tract * np.array(vowels[rng.integers(4)]) - 90))
-            tract_and_tilt = np.poly([voices[letter][4], *poles, *poles.conj()]).real
-            sound = scipy.signal.lfilter([1], tract_and_tilt, pulses)
+            poles = [voices[letter][4], *poles, *poles.conj()]
+            sound = scipy.signal.lfilter([1], np.poly(poles).real, pulses)
             sound *= (1 - np.cos(2 * np.pi * tempo * t)) / 2  # syllables
             sound = loudness * sound / np.abs(sound).max() + 1e-3 * rng.standard_normal(len(t))
-            sound = (32767 * np.clip(sound, -1, 1)).astype(np.int16)
-            wavfile.write(folder / f"{speaker:02}a{text:02}{letter}a.wav", RATE, sound)
+            file = folder / f"{speaker:02}a{text:02}{letter}a.wav"
+            wavfile.write(file, RATE, (32767 * np.clip(sound, -1, 1)).astype(np.int16))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    index: Callable  # root -> iterable of Utterance
+    index: object  # function: root -> Utterances; the first line of its docstring is said where it finds none
     labels: dict = None  # code -> class; other codes are dropped; None: codes are classes
     counts: tuple = ()  # of each known version, named as in `compare_counts`
-    about: str = ""  # what the index looks for, and where that comes from; said when nothing was found
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
-    paper: bool = False  # has the emoDARTS authors' own protocol
-    paper_tests: tuple = ()  # its groups that test; () all of them
+    paper: tuple = None  # groups that test in the emoDARTS authors' own protocol; (): all; None: they have none
     at_most: int = None  # utterances in its training, in its validation, in each of its test sets
 
 
 GERMAN = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
-NUMBERED = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
-LETTERS = dict(A="angry", H="happy", N="neutral", S="sad")
+LETTERS = dict(A="angry", H="happy", N="neutral", S="sad", U="surprise", F="fear", D="disgust", C="contempt")
+NAMES = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
+NUMBERS = {f"0{n}": name for n, name in enumerate(NAMES, start=1)}
+SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")  # excited counts as happy
+PODCAST = (  # versions 1.8, 1.11, 2.0
+    {"train": 28601, "validation": 4772, "test1": 9304, "test2": 3483},
+    {"all train": 84030, "all validation": 19815, "all test1": 30647, "all test2": 14815},
+    {"all train": 169190, "all validation": 34399, "all test1": 46294, "all test2": 14822},
+)
+IEMOCAP = dict(angry=1103, happy=1636, neutral=1708, sad=1084, recordings=10039)
+IMPROV = dict(angry=792, happy=2644, neutral=3477, sad=885, recordings=8438)
+IMPROV_TESTS = ("session 1", "session 2", "session 3", "session 5")
 CORPORA = {
     "smoke": Corpus(index_smoke, GERMAN, (dict(angry=42, happy=42, neutral=42, sad=42),), folds="0,1"),
-    "emodb": Corpus(
-        index_emodb, GERMAN, (dict(angry=127, happy=71, neutral=79, sad=62), dict(recordings=816)),
-        "files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., Interspeech 2005)",
-    ),
-    "nemo": Corpus(
-        index_nemo,
-        dict(anger="angry", happiness="happy", neutral="neutral", sadness="sad", fear="fear", surprised="surprise"),
-        (dict(angry=749, happy=749, neutral=809, sad=769, recordings=4481),),
-        "data.tsv, at most two folders down, and samples/*.wav beside it (free: github.com/amu-cai/nEMO)",
-    ),
-    "ravdess": Corpus(
-        index_ravdess, {f"0{n}": name for n, name in enumerate(NUMBERED, start=1)},
-        (dict(angry=192, happy=192, neutral=96, sad=192, recordings=1440),),
-        "files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo.org/records/1188976)",
-    ),
-    "crema-d": Corpus(
-        index_crema_d, dict(ANG="angry", DIS="disgust", FEA="fear", HAP="happy", NEU="neutral", SAD="sad"),
-        (dict(angry=1271, happy=1271, neutral=1087, sad=1271, recordings=7442),),
-        "files named like 1001_DFA_ANG_XX.wav, four folders down (free: github.com/CheyneyComputerScience/CREMA-D)",
-    ),
-    "iemocap": Corpus(
-        index_iemocap,
-        dict(ang="angry", hap="happy", exc="happy", neu="neutral", sad="sad")
-        | dict(fru="frustrated", fea="fear", sur="surprise", dis="disgust"),
-        (dict(angry=1103, happy=1636, neutral=1708, sad=1084, recordings=10039),),
-        "folders Session1 to Session5, at most two folders down, with dialog/EmoEvaluation/*.txt and sentences/wav "
-        "(licensed: sail.usc.edu/iemocap)",
-        scale="paper", paper=True,
-    ),
-    "msp-improv": Corpus(
-        index_msp_improv, LETTERS, (dict(angry=792, happy=2644, neutral=3477, sad=885, recordings=8438),),
-        "Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed: UT Dallas)",
-        scale="paper", paper=True, paper_tests=("session 1", "session 2", "session 3", "session 5"),
-    ),
-    "msp-podcast": Corpus(
-        index_msp_podcast, LETTERS | dict(U="surprise", F="fear", D="disgust", C="contempt"),
-        ({"train": 28601, "validation": 4772, "test1": 9304, "test2": 3483},  # 1.8, 1.11 and 2.0
-         {"all train": 84030, "all validation": 19815, "all test1": 30647, "all test2": 14815},
-         {"all train": 169190, "all validation": 34399, "all test1": 46294, "all test2": 14822}),
-        "labels_consensus.csv or labels_concensus.csv, at most three folders down, and MSP-PODCAST_*.wav "
-        "(licensed: UT Dallas)",
-        scale="paper", paper=True, at_most=10000,
-    ),
+    "emodb": Corpus(index_emodb, GERMAN, (dict(angry=127, happy=71, neutral=79, sad=62), dict(recordings=816))),
+    "nemo": Corpus(index_nemo, SHORT, (dict(angry=749, happy=749, neutral=809, sad=769, recordings=4481),)),
+    "ravdess": Corpus(index_ravdess, NUMBERS, (dict(angry=192, happy=192, neutral=96, sad=192, recordings=1440),)),
+    "crema-d": Corpus(index_crema_d, SHORT, (dict(angry=1271, happy=1271, neutral=1087, sad=1271, recordings=7442),)),
+    "iemocap": Corpus(index_iemocap, SHORT, (IEMOCAP,), scale="paper", paper=()),
+    "msp-improv": Corpus(index_msp_improv, LETTERS, (IMPROV,), scale="paper", paper=IMPROV_TESTS),
+    "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, scale="paper", paper=(), at_most=10000),
     "csv": Corpus(index_csv),
 }
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A corpus as it was found."""
-
     dataset: str
     protocol: str
     root: Path
@@ -369,16 +322,16 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=
         if value not in known[what]:
             raise InputError(f"unknown {what} {value!r}; known: {', '.join(known[what])}")
     corpus, paper = CORPORA[dataset], protocol == "paper"
-    if paper and not corpus.paper:
-        have = ", ".join(name for name in CORPORA if CORPORA[name].paper)
+    if paper and corpus.paper is None:
+        have = ", ".join(name for name in CORPORA if CORPORA[name].paper is not None)
         raise InputError(f"{dataset} has no protocol 'paper'; these have: {have}")
     root = Path(root or Path("data", dataset))
     labelled = list(corpus.index(root))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = listed(sorted(path.name for path in root.iterdir())) if root.is_dir() else "no such folder"
-        found = f"no utterance of {dataset} in {root} (found {len(labelled)} labels, and {there})"
-        raise InputError(f"{found}; looked for {corpus.about}. Put it there, or name its folder with --root DIR")
+        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else ["no such folder"]
+        found = f"no utterance of {dataset} in {root} (found {len(labelled)} labels, and {listed(there) or 'no file'})"
+        raise InputError(f"{found}; looked for: {corpus.index.__doc__.splitlines()[0]} Put it there, or say --root DIR")
     counts, agree = compare_counts(corpus, recorded)
     odd = [] if agree else [counts]
     if len(recorded) < len(labelled):
@@ -441,12 +394,9 @@ def disjoint(utterances):
 
 
 # Utterances -> folds -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Fold:
-    """Indices into the list of utterances. No known speaker is on two of the three sides; test sets may share speakers."""
-
+    """Indices into the list of utterances. No known speaker is on two sides; test sets may share speakers."""
     train: list
     validation: list
     tests: dict  # name of a test set -> its indices
@@ -459,20 +409,18 @@ class Fold:
 
 
 def folds(listing, without=()):
-    """-> [Fold]. One for each group, in sorted order: the group tests, the next one validates, all others train. Of a
-    corpus with an official split one fold with all its test sets. `without`: utterances to leave out, as `Store.bad`.
-    Raises InputError where there are too few groups, a side is empty or a speaker is on two."""
+    """-> [Fold], one for each group: it tests, the next one validates, all others train. Of a corpus with an official
+    split one with all its test sets. `without`: utterances to leave out. InputError where a fold cannot be made."""
     corpus, paper = CORPORA[listing.dataset], listing.protocol == "paper"
     part = {i: u.split or u.group for i, u in enumerate(listing.utterances) if i not in without}
     names = sorted(set(part.values()))
     plan = [(validation, [test]) for test, validation in zip(names, names[1:] + names[:1])]
     if any(u.split for u in listing.utterances):
         plan = [("validation", [name for name in names if name.startswith("test")])]
-    elif paper and corpus.paper_tests:
-        plan = [(validation, tests) for validation, tests in plan if tests[0] in corpus.paper_tests]
+    elif paper and corpus.paper:
+        plan = [(validation, tests) for validation, tests in plan if tests[0] in corpus.paper]
     if len(names) < 3 or not plan:
-        found = f"found {len(names)} part(s) of {listing.dataset}: {listed(names)}"
-        raise InputError(f"{found}; a fold needs three: to train, validate, test")
+        raise InputError(f"found {len(names)} part(s): {listed(names)}; a fold needs three: to train, validate, test")
     at_most = paper and corpus.at_most or len(part)
     made = []
     for k, (validation, tests) in enumerate(plan):
@@ -491,14 +439,13 @@ def check_fold(utterances, fold, k=0):
     for side, members in fold.sides():
         if not members:
             raise InputError(f"fold {k} has no {side} utterance; every fold needs all of train, validation and test")
-        for speaker in {utterances[i].speaker for i in members} - {UNKNOWN}:
+        for speaker in sorted({utterances[i].speaker for i in members} - {UNKNOWN}):
             other = side_of.setdefault(speaker, side)
             if other != side and other in ("train", "validation"):
                 raise InputError(f"fold {k}: speaker {speaker} is in {other} and in {side}; expected on one side only")
 
 
 def describe_folds(listing, parts):
-    """A line for each fold."""
     for k, fold in enumerate(parts):
         train, validation, *tests = fold.sides()
         said = []
@@ -509,26 +456,21 @@ def describe_folds(listing, parts):
 
 
 # A wav file -> windows -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that the values of the features depend on, beside the recordings."""
-
     coefficients: int = 128  # MFCCs, of 128 mel bands; of log-mel the bands themselves
     window: float = 8.0  # seconds
     padding: str = "repeat"  # of utterances shorter than a window: "repeat" the utterance, or "zero"
     kind: str = "mfcc"  # or "log-mel": the logarithmic mel spectrum, of which MFCCs are the cosine transform
 
     def __post_init__(self):
-        if self.kind not in ("mfcc", "log-mel"):
-            raise InputError(f"unknown kind of features {self.kind!r}; known: mfcc, log-mel")
+        if self.kind not in ("mfcc", "log-mel") or self.padding not in ("repeat", "zero"):
+            raise InputError(f"found {self.kind!r}, padding {self.padding!r}; expected mfcc or log-mel, repeat or zero")
         if not 1 <= self.coefficients <= 128:  # with more, the lowest mel bands lie between two points of the spectrum
             raise InputError(f"found {self.coefficients} coefficients; expected 1 to 128, the number of mel bands")
         if not self.window >= FRAME or self.window / FRAME % 1:
             raise InputError(f"found a window of {self.window} s; expected a multiple of {FRAME} s")
-        if self.padding not in ("repeat", "zero"):
-            raise InputError(f"unknown padding {self.padding!r}; known: repeat, zero")
 
     @classmethod
     def named(cls, name, **more):
@@ -544,13 +486,7 @@ class Settings:
 
     @property
     def shape(self):
-        """(F, T) of a window."""
-        return self.coefficients, round(self.window / FRAME)
-
-    @property
-    def bytes(self):
-        """of a window in the store"""
-        return math.prod(self.shape) * STORED.itemsize
+        return self.coefficients, round(self.window / FRAME)  # (F, T) of a window
 
 
 def read_wav(path):
@@ -568,68 +504,53 @@ def read_wav(path):
         raise InputError(f"{path}: not a readable wav file ({error})") from None
     if any("EOF" in str(warning.message) for warning in said):
         raise InputError(f"{path}: truncated; copy it again from the corpus")
-    if samples.size == 0:
-        raise InputError(f"{path}: holds no samples")
-    if not 1000 <= rate <= 1_000_000:
-        raise InputError(f"{path}: has a rate of {rate} Hz, expected 1,000 to 1,000,000")
+    if samples.size == 0 or not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path}: holds {samples.size} samples at {rate} Hz; expected some, at 1,000 to 1,000,000 Hz")
     if samples.dtype.kind == "u":
         samples = (samples.astype(np.float32) - 128) / 128
     elif samples.dtype.kind == "i":  # scipy gives 24 bits as the upper ones of 32
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     if not np.abs(samples).max() < 1e9:  # not true of NaN
         raise InputError(f"{path}: holds samples that are not finite")
-    if samples.ndim == 2:  # (samples, channels)
-        samples = samples.mean(axis=1)
+    samples = samples.reshape(len(samples), -1).mean(axis=1)  # over the channels
     if rate != RATE:
         ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these numbers are large
         samples = scipy.signal.resample_poly(samples, ratio.numerator, ratio.denominator)
     return samples.astype(np.float32)
 
 
-def fault(path):
-    """Why a recording cannot be used; None where it can."""
-    try:
-        read_wav(path)
-    except (InputError, OSError) as error:
-        return str(error)
-
-
 def lengths(listing, window):
-    """Windows of `window` s and seconds of each utterance, (utterances,) each, from the headers of the wav files alone.
-    What is wrong with a file is said when it is read."""
+    """Windows of `window` s and seconds of each utterance, (utterances,) each, from the wav files' headers alone."""
     seconds = np.zeros(len(listing.utterances))
     for i, u in enumerate(listing.utterances):
         if os.path.isfile(u.path):
             with open(u.path, "rb") as file:
-                head = file.read(4096)
-            rate, data = head.find(b"fmt ") + 16, head.find(b"data") + 4  # where bytes/s and the sound's bytes stand
-            rate, size = (int.from_bytes(head[at : at + 4], "little") for at in (rate, data))
-            seconds[i] = min(size, os.path.getsize(u.path) - data - 4) / max(rate, 1)
+                found = re.search(rb"fmt .{12}(.{4}).*?data(.{4})", file.read(4096), re.DOTALL)  # bytes/s, bytes
+            if found:
+                rate, size = (int.from_bytes(part, "little") for part in found.groups())
+                seconds[i] = min(size, u.path.stat().st_size - found.end()) / max(rate, 1)
     return np.ceil(seconds / window).clip(min=1).astype(int), seconds
 
 
 def windows(samples, settings):
-    """(samples,) -> (W, window). Nothing is lost: the last window of a long utterance ends with the utterance and
-    overlaps the one before; a short utterance is padded."""
+    """(samples,) -> (W, window). A short utterance is padded; a long one's last window ends with it, and overlaps."""
     size = round(settings.window * RATE)
-    if len(samples) <= size:
-        if settings.padding == "repeat":
-            return np.resize(samples, (1, size))  # repeats the samples until they fill the window
-        return np.pad(samples, (0, size - len(samples)))[None]
+    if len(samples) < size and settings.padding == "repeat":
+        samples = np.resize(samples, size)  # repeats the samples until they fill the window
+    samples = np.pad(samples, (0, max(0, size - len(samples))))
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
     return np.stack([samples[start : start + size] for start in starts])
 
 
 @functools.cache
 def transform(settings):
-    """-> a function (window,) -> (F, T) = settings.shape, both torch.Tensor. The values are those of torchaudio's MFCC, or
-    its MelSpectrogram and AmplitudeToDB, in 0.6 of the time (no square root that is squared again). Windows go through
-    one by one: torchaudio clamps a batch at 80 dB below the loudest of its windows."""
+    """-> a function of tensors, (window,) -> (F, T). Values are torchaudio's, in 0.6 of its time (no square root that
+    is squared again). One window at a time: torchaudio clamps a batch at 80 dB below the loudest of its windows."""
     mel = dict(n_fft=FFT, hop_length=HOP, n_mels=128 if settings.kind == "mfcc" else settings.coefficients)
     mfcc = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
     hann, mel_bands = mfcc.MelSpectrogram.spectrogram.window, mfcc.MelSpectrogram.mel_scale.fb
 
-    def compute(window):
+    def map_of(window):
         spectrum = torch.stft(window, FFT, HOP, window=hann, return_complex=True).T  # (POOL * T + 1, FFT / 2 + 1)
         power = spectrum.real.square() + spectrum.imag.square()
         frames = mfcc.amplitude_to_DB(power @ mel_bands)  # (POOL * T + 1, bands)
@@ -637,18 +558,13 @@ def transform(settings):
             frames = frames @ mfcc.dct_mat  # (POOL * T + 1, F)
         return frames[:-1].unflatten(0, (-1, POOL)).amax(dim=1).T  # (F, T); the frame left out is centred on the end
 
-    return compute
+    return map_of
 
 
 # Windows -> a store on disk ------------------------------------------------------------------------------------------
-
-RECORD = np.dtype([("windows", "<u4"), ("seconds", "<f8")])  # of one recording, in the journal; bad ones have 0 windows
-
-
 @dataclass
 class Store:
     """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
-
     features: np.ndarray  # (windows, F, T) float16, memory-mapped (copy on write, as torch wants it; nobody writes)
     first: np.ndarray  # (utterances + 1,)
     seconds: np.ndarray  # (utterances,)
@@ -656,29 +572,27 @@ class Store:
 
     def windows_of(self, utterances):
         """Indices of utterances -> (indices of their windows, and for each window its place in `utterances`)."""
-        counts = self.first[1:] - self.first[:-1]
         window = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in utterances])
-        return window, np.repeat(np.arange(len(utterances)), counts[utterances])
+        return window, np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
 
 
 def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=False, progress=lambda text: None):
-    """-> Store. Computes the features once; later calls find them in `cache`, under a key that covers the settings,
-    the files (names, sizes, times of change) and torchaudio's version. Files that cannot be used are an InputError that
-    names them all; with `skip_bad` they are in Store.bad. `progress` is called with a text now and then."""
-    paths, files = [u.path for u in listing.utterances], []
-    for u in listing.utterances:
-        about = u.path.stat() if os.access(u.path, os.R_OK) else None
-        files.append((listing.name(u), about and (about.st_size, about.st_mtime_ns)))
+    """-> Store. Computes the features once and finds them later, by the settings and the files' names, sizes and times.
+    Recordings that cannot be used are an InputError that names them all or, with `skip_bad`, in Store.bad."""
+    paths = [u.path for u in listing.utterances]
+    about = [path.stat() if os.access(path, os.R_OK) else None for path in paths]
+    files = [(listing.name(u), a and (a.st_size, a.st_mtime_ns)) for u, a in zip(listing.utterances, about)]
     key = json.dumps([3, torchaudio.__version__, asdict(settings), files])
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    journal = on_disk(folder, settings)
-    if len(journal) < len(paths):
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / "lock"):
-            journal = compute(folder, paths, settings, workers or os.cpu_count(), progress)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        with lock(folder / "lock"):  # a second process with the same settings waits, and finds the features
+            journal = compute(folder, paths, settings, workers or cores, progress)
+    except RuntimeError as error:  # a worker was killed, most likely for want of memory
+        raise InputError(f"{str(error).splitlines()[0]}; the same command goes on from here") from None
     bad = {}
     for i in np.flatnonzero(journal["windows"] == 0).tolist():
-        bad[i] = fault(paths[i]) or f"{paths[i]}: could not be read at first; delete {folder}"
+        bad[i] = compute_one(paths[i], settings)[2] or f"{paths[i]}: could not be read at first; delete {folder}"
     if bad and not (skip_bad and len(bad) < len(paths)):
         said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without with --skip-bad:"
         raise InputError("\n  ".join([said, *bad.values()]))
@@ -687,66 +601,46 @@ def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=Fal
     return Store(features, first, journal["seconds"], bad)
 
 
-def on_disk(folder, settings):
-    """-> the records of a store's first recordings, those whose windows are on the disk."""
-    if not (folder / "journal").is_file() or not (folder / "features").is_file():
-        return np.empty(0, RECORD)
-    journal = np.fromfile(folder / "journal", RECORD)  # without the half of a record that a kill may leave
-    room = (folder / "features").stat().st_size // settings.bytes
-    return journal[np.cumsum(journal["windows"], dtype=int) <= room]
-
-
 def compute(folder, paths, settings, workers, progress):
-    """Appends what is not there yet, first the windows of a recording and then its record, so that a run that is killed
-    loses what stands behind the last record's windows. -> the records of all"""
-    done = on_disk(folder, settings)  # another process may have added to it while this one waited for the lock
-    left = paths[len(done) :]
+    """Appends what is not there yet: the windows of a recording and then its record. What a kill leaves behind the last
+    record's windows is cut off. -> the records of all"""
+    size = math.prod(settings.shape) * STORED.itemsize  # of a window
     started = time.time()
     with open(folder / "features", "ab") as features, open(folder / "journal", "ab") as journal:
-        features.truncate(int(done["windows"].sum()) * settings.bytes)
+        done = np.fromfile(folder / "journal", RECORD)  # without the half of a record that a kill may leave
+        ends = np.cumsum(done["windows"], dtype=int) * size
+        if len(done) >= len(paths) and (len(done), ends[-1]) != (len(paths), features.tell()):
+            raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it")
+        done = done[ends <= features.tell()]
+        features.truncate(ends[len(done) - 1] if len(done) else 0)
         journal.truncate(done.nbytes)
-        for n, (maps, seconds) in enumerate(computed(left, settings, workers), start=1):
-            features.write(maps.tobytes())
+        left = paths[len(done) :]
+        many = workers > 1 and len(left) >= POOLED
+        how = dict(num_workers=workers, multiprocessing_context="spawn") if many else {}
+        work = functools.partial(compute_one, settings=settings)
+        loader = DataLoader(left, None, collate_fn=work, generator=torch.Generator(), **how)  # or it draws from torch's
+        for n, (maps, seconds, _) in enumerate(loader, start=1):
+            features.write(maps.numpy().astype(STORED).tobytes())
             features.flush()
             journal.write(np.array((len(maps), seconds), RECORD).tobytes())
             journal.flush()
-            if n % CHUNK == 0 or n == len(left):
-                seconds = (time.time() - started) / n * (len(left) - n)
-                progress(f"features {len(done) + n}/{len(paths)}, {seconds:.0f} s left")
-    return on_disk(folder, settings)
-
-
-def computed(paths, settings, workers):
-    """`compute_one` of each, in order. Few are computed here, as starting a worker takes seconds."""
-    work = functools.partial(compute_one, settings=settings)
-    if workers == 1 or len(paths) < POOLED:
-        yield from map(work, paths)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    try:
-        yield from pool.map(work, paths, chunksize=CHUNK)
-    except process.BrokenProcessPool:
-        raise InputError("a worker process was killed, perhaps for want of memory; the same command goes on") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker():
-    """Ctrl-C is for the process that started it, and no worker outlives that one, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
+            if n % 32 == 0 or n == len(left):
+                more = (time.time() - started) * (len(left) / n - 1)
+                progress(f"features {len(done) + n}/{len(paths)}, {more:.0f} s left")
+    return np.fromfile(folder / "journal", RECORD)
 
 
 def compute_one(path, settings):
-    """What a worker does. -> (W, F, T) float16, seconds; W is 0 for a file that cannot be used"""
-    if fault(path):
-        return np.empty(0, STORED), 0.0
-    samples = read_wav(path)
+    """What a worker does. -> (W, F, T) float16, seconds, None; no windows, 0, why for a file that cannot be used."""
+    try:
+        samples = read_wav(path)
+    except (InputError, OSError) as error:
+        return torch.empty(0), 0.0, str(error)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same bits here and in every worker
-    maps = [transform(settings)(torch.from_numpy(window)).numpy() for window in windows(samples, settings)]
+    maps = [transform(settings)(torch.from_numpy(window)) for window in windows(samples, settings)]
     torch.set_num_threads(threads)
-    return np.stack(maps).astype(STORED), len(samples) / RATE
+    return torch.stack(maps).half(), len(samples) / RATE, None
 
 
 def describe(listing, parts, store):
@@ -754,8 +648,8 @@ def describe(listing, parts, store):
     counts = Counter(u.label for u in listing.utterances)
     speakers = sorted({u.speaker for u in listing.utterances} - {UNKNOWN})
     unknown = sum(u.speaker == UNKNOWN for u in listing.utterances)
-    found = f"{len(listing.utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {len(store.features)} windows"
-    yield f"{listing.dataset}, protocol {listing.protocol}: {found}"
+    sizes = f"{len(listing.utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {store.first[-1]} windows"
+    yield f"{listing.dataset}, protocol {listing.protocol}: {sizes}"
     yield f"corpus    {listing.counts}"
     yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in listing.classes)
     yield f"speakers  {len(speakers)}: {listed(speakers, 24)}"
@@ -783,26 +677,18 @@ def main(argv=None):
     add("--protocol", default="standard", help="standard, or paper: the emoDARTS authors' own (default: standard)")
     add("--strict", action="store_true", help="refuse a corpus with other counts than the known ones")
     add("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
-    add("--workers", type=int, help="processes that compute (default: one a core)")
     add("--json", help="write the index to this file")
     options = parser.parse_args(argv)
     try:
-        if options.workers is not None and options.workers < 1:
-            raise InputError(f"--workers is {options.workers}, expected at least 1")
         listing = read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
         folds(listing)  # what cannot be divided is refused before any work
-        store = load(listing, Settings(), options.cache, options.workers, options.skip_bad, show)
+        store = load(listing, cache=options.cache, skip_bad=options.skip_bad, progress=show)
         parts = folds(listing, store.bad)
         show()
         print(*describe(listing, parts, store), sep="\n")
         if options.json:
-            fold_of = {i: k for k, fold in enumerate(parts) for test in fold.tests.values() for i in test}
-            index = [
-                dict(path=listing.name(u), label=u.label, speaker=u.speaker, fold=fold_of.get(i), split=u.split)
-                for i, u in enumerate(listing.utterances)
-            ]
-            about = dict(dataset=listing.dataset, protocol=listing.protocol, classes=listing.classes, utterances=index)
-            Path(options.json).write_text(json.dumps(about, indent=1) + "\n")
+            index = asdict(listing) | {"folds": [asdict(fold) for fold in parts]}
+            Path(options.json).write_text(json.dumps(index, default=str))
     except (InputError, OSError) as error:
         show()
         print(f"error: {error}", file=sys.stderr)

@@ -415,12 +415,12 @@ def search(net, data, train, options, keep):
     loss = partial(cross_entropy, weight=data.class_weights(train))
     penalty = partial(size_penalty, net, options.size_penalty) if options.size_penalty else None
     architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, penalty=penalty, reduce=reduced)
-    optimizer = optimizer_of(net, options)
+    optimizer, first_lr = optimizer_of(net, options), recipe(options)["lr"]
     keep.resume(net=net, optimizer=optimizer, alphas=architect.optimizer)
     for epoch in range(keep.epoch, options.search_epochs):
         here = options.seed, keep.fold, "search", epoch
         batches = zip(data.order(w_half, steps, *here, "weights"), data.order(alpha_half, steps, *here, "alphas"))
-        lr = anneal(optimizer, recipe(options)["lr"], SEARCH_LR_END, epoch / options.search_epochs)
+        lr = anneal(optimizer, first_lr, min(first_lr, SEARCH_LR_END), epoch / options.search_epochs)
         net.train()
         for step, (for_w, for_alpha) in enumerate(batches):
             if step < keep.step:
@@ -491,12 +491,13 @@ def weight_step(net, loss, optimizer):
     """One step of the weights, and of nothing else: -> the loss, a float, NaN where the gradient is not finite."""
     w = net.weights()
     loss.backward(inputs=w)
+    moved = [p for p in w if p.grad is not None]  # those of operations that were drawn: the same on all ranks
     value = loss.detach()
     if ranks()[1] > 1:  # clipped is the gradient of the whole batch
-        value, gradients = reduced(value, [torch.zeros_like(p) if p.grad is None else p.grad for p in w])
-        for p, g in zip(w, gradients):
-            p.grad = torch.empty_like(p).copy_(g)  # in the memory format of the weight
-    norm = torch.nn.utils.clip_grad_norm_(w, CLIP)
+        value, gradients = reduced(value, [p.grad for p in moved])
+        for p, g in zip(moved, gradients):
+            p.grad.copy_(g)
+    norm = torch.nn.utils.clip_grad_norm_(moved, CLIP)
     if not math.isfinite(norm):
         return math.nan
     optimizer.step()

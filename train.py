@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -1011,8 +1011,8 @@ class Progress:
                  f"{duration(self.left(job, row)):>6} left  loss {row['loss']:.3f}  {seen}", passing=True)
 
     def left(self, job, row):
-        """Seconds left: epochs times what an epoch took, of a kind not seen yet the mean of all kinds."""
-        known = [s for seconds in self.seconds.values() for s in seconds]
+        """Seconds left: epochs times what an epoch took, of a kind not seen yet as long as of the fastest kind."""
+        mean = {kind: float(np.mean(seconds)) for kind, seconds in self.seconds.items()}
         total = 0.0
         for other in self.jobs:
             epochs = {"search": other.options.search_epochs * searches(other.options), "train": other.options.epochs}
@@ -1020,7 +1020,8 @@ class Progress:
                 epochs["search"] *= row["stage"] == "search"
                 epochs[row["stage"]] -= row["epoch"]
             if not is_finished(other):
-                total += sum(n * np.mean(self.seconds.get((other.options.model, k), known)) for k, n in epochs.items())
+                fastest = min(mean.values())
+                total += sum(n * mean.get((other.options.model, stage), fastest) for stage, n in epochs.items())
         return total / self.sharing
 
     def say(self, text, passing=False):
@@ -1408,7 +1409,8 @@ def fastest(step, device):
 
 
 def dry_run(options, runs, listing, parts, device):
-    """Says what would happen, and what it costs: measured with one network of each model on this device."""
+    """Says what would happen, and what it costs: measured with one network of each model on this device. -> the same
+    for machines."""
     windows, seconds = features.lengths(listing, options.window)
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
           f"{seconds.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
@@ -1428,17 +1430,15 @@ def dry_run(options, runs, listing, parts, device):
     print(f"in all    about {duration(total)} on {device}, peak memory {f'{peak:.1f} GB' if peak else 'unknown'}",
           *features.describe_folds(listing, parts), sep="\n")
     print(f"a dry run: nothing was written; a run goes to {out_folder(options)}")
-    if options.json:
-        answer(options.json, {"command": command(), "settings": settings_of(options), "device": str(device),
-                              "threads": torch.get_num_threads(), "versions": versions(), "seconds_of_a_step": costs,
-                              "seconds": total, "peak_gb": peak})
+    return {"command": command(), "settings": settings_of(options), "device": str(device), "versions": versions(),
+            "threads": torch.get_num_threads(), "seconds_of_a_step": costs, "seconds": total, "peak_gb": peak}
 
 
 def answer(file, about):
     """To --json FILE, or for - to the standard output."""
     if file == "-":
         print(as_json(about).decode(), end="")
-    else:
+    elif file:
         write(Path(file), as_json(about))
 
 
@@ -1532,8 +1532,7 @@ def use(options):
     clips = hear(list(models.values()), options.predict, device)
     if not next(iter(models.values()))["statistics"]:
         print(f"note: the {len(clips)} clips are taken as one speaker's, with statistics of their own", file=sys.stderr)
-    if options.json:
-        answer(options.json, {"from": options.from_, "models": len(models), "clips": clips})
+    answer(options.json, {"from": options.from_, "models": len(models), "clips": clips})
     if options.json == "-":
         return
     for clip in clips:
@@ -1637,13 +1636,16 @@ def run(argv):
         listing, parts, chosen = check(options)
         device, runs = pick_device(options.device), plan(options)
         if options.dry_run:
-            return dry_run(options, runs, listing, [parts[k] for k in chosen], device)
+            with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
+                about = dry_run(options, runs, listing, [parts[k] for k in chosen], device)
+            return answer(options.json, about)
     other = second_corpus(options, listing.classes)
     jobs = [Job(part, k, out_folder(part) / f"fold{k}") for part in runs for k in chosen]
     if len(jobs) < torchrun()[1]:
         share_steps(options, device)
     for part in runs:
         claim(part)
+    out_folder(options).mkdir(parents=True, exist_ok=True)
     progress = Progress(jobs)
     data = load(options, listing, listing.classes, device, progress)
     other = other and load(options, other, listing.classes, device, progress)
@@ -1652,9 +1654,10 @@ def run(argv):
         progress.say(note)
     work(jobs, partial(run_fold, data=data, parts=parts, other=other, progress=progress), progress)
     if torchrun()[0] == 0:
-        results = [finish(part, listing, chosen, data.store.bad) for part in runs]
-        if len(runs) > 1:
-            compare(options, runs, results)
+        with lock(out_folder(options) / "lock", wait=True):  # another shell may end at the same moment
+            results = [finish(part, listing, chosen, data.store.bad) for part in runs]
+            if len(runs) > 1:
+                compare(options, runs, results)
     if ranks()[1] > 1:
         distributed.destroy_process_group()
 

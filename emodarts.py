@@ -23,7 +23,6 @@ Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequ
 """
 
 import json
-import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -312,8 +311,7 @@ def shared_call(op, x, known):
 
 def drop_path(x, p):
     """Zeroes an edge's output for a random share `p` of the utterances, and scales the others by 1 / (1 - p)."""
-    keep = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return x * keep / (1 - p)
+    return x * F.dropout(x.new_ones(len(x), *[1] * (x.dim() - 1)), p)
 
 
 @contextmanager
@@ -586,14 +584,12 @@ class Network(nn.Module):
 def decided(net, genotype):
     """Inside, a supernet computes with its own weights what the derived network would: the alphas say the genotype."""
     searched = [p.detach().clone() for p in net.alphas()]
-    with torch.no_grad():
-        for kind, names in net.candidates.items():
-            chosen = {(j, i): op for i, node in enumerate(genotype.cells()[kind], start=2) for op, j in node}
-            edges = [(j, i) for i in range(2, net.nodes + 2) for j in range(i)]
-            net.alpha[kind].fill_(-math.inf)
-            for row, edge in enumerate(edges):
-                net.alpha[kind][row, names.index(chosen.get(edge, "none"))] = 0.0
     try:
+        for kind, names in net.candidates.items():
+            edges = {(i, j): op for i, node in enumerate(genotype.cells()[kind], start=2) for op, j in node}
+            chosen = [names.index(edges.get((i, j), "none")) for i in range(2, net.nodes + 2) for j in range(i)]
+            one_hot = F.one_hot(torch.tensor(chosen), len(names)).to(net.alpha[kind])
+            set_to([net.alpha[kind]], [one_hot.log()])  # log 1 and log 0: 0 and -inf
         yield
     finally:
         set_to(net.alphas(), searched)
@@ -607,16 +603,14 @@ def derive(net):
     """
     cells = dict(net.fixed)
     for kind, names in net.candidates.items():
-        rows = iter(net.alpha[kind].detach().softmax(dim=-1).tolist())
-        nodes = []
-        for i in range(2, net.nodes + 2):
-            edges = []
-            for j in range(i):
-                strength = {name: weight for name, weight in zip(names, next(rows)) if name != "none"}
-                op = max(strength, key=strength.get)
-                edges.append((strength[op], j, op))
-            strongest = sorted(edges, key=lambda edge: -edge[0])[:2]
-            nodes.append([(op, j) for _, j, op in sorted(strongest, key=lambda edge: edge[1])])
+        weight = net.alpha[kind].detach().softmax(dim=-1).cpu()
+        weight[:, names.index("none")] = -1  # never the strongest
+        strength, strongest = weight.max(dim=-1)
+        nodes, row = [], 0
+        for i in range(2, net.nodes + 2):  # node i: rows of its edges from 0 to i - 1
+            kept = strength[row : row + i].topk(2).indices.sort().values.tolist()
+            nodes.append([(names[strongest[row + j]], j) for j in kept])
+            row += i
         cells[kind] = nodes
     return Genotype(**cells)
 

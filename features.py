@@ -526,9 +526,9 @@ def lengths(listing, window):
         if os.path.isfile(u.path):
             with open(u.path, "rb") as file:
                 found = re.search(rb"fmt .{12}(.{4}).*?data(.{4})", file.read(4096), re.DOTALL)  # bytes/s, bytes
-            if found:
+            if found and any(found[1]):
                 rate, size = (int.from_bytes(part, "little") for part in found.groups())
-                seconds[i] = min(size, u.path.stat().st_size - found.end()) / max(rate, 1)
+                seconds[i] = min(size, u.path.stat().st_size - found.end()) / rate
     return np.ceil(seconds / window).clip(min=1).astype(int), seconds
 
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -191,9 +192,11 @@ def check(options):
             upper = f" and less than {f.metadata['below']}" if f.metadata["below"] < math.inf else ""
             problems.append(f"{flag(f.name)} is {value}, expected at least {least}{upper}")
     attempt(problems, feature_settings, options)
-    with torch.device("meta"):
-        net = attempt(problems, network, options, 2)
-    attempt(problems, given_genotype, options)
+    net = None
+    if not problems:  # a network would say the same again
+        with torch.device("meta"):
+            net = attempt(problems, network, options, 2)
+        attempt(problems, given_genotype, options)
     if options.genotype and options.model != "emodarts":
         problems.append(f"--genotype goes with --model emodarts, found --model {options.model}")
     if searches(options) and net and not net.candidates:
@@ -704,7 +707,9 @@ def run_fold(job, data, parts, other, progress):
     }
     write(job.folder / "model.pt", partial(torch.save, model_of(options, data, fold, genotype, net, tests)))
     write(job.folder / "result.json", as_json(about))
-    keep.file.unlink(missing_ok=True)
+    if ranks()[0] == 0:  # also what a kill has left half written
+        for file in job.folder.glob("checkpoint.pt*"):
+            file.unlink()
 
 
 def model_of(options, data, fold, genotype, net, tests):
@@ -838,6 +843,14 @@ def reading(file, remedy):
         raise InputError(f"{file} is damaged or not of this program's version ({why:.150}); {remedy}") from None
 
 
+def load_file(file):
+    """What torch.save wrote. Its check sums are looked at, which torch.load does not do."""
+    with zipfile.ZipFile(file) as archive:
+        if archive.testzip():
+            raise ValueError("its check sums are wrong")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 class Keeper:
     """Where a fold stands: stage, epoch, step, sums of the epoch so far, rows of log.csv, seconds; and, as `parts`, the
     networks and optimisers of the stage. In memory, and every 30 s in checkpoint.pt."""
@@ -855,7 +868,7 @@ class Keeper:
         self.saved = self.mark = time.perf_counter()
         if self.file.exists():
             with self.reading():
-                found = torch.load(self.file, map_location="cpu", weights_only=True)
+                found = load_file(self.file)
                 if found["key"] != self.key:
                     raise ValueError("of another run or fold")
                 for name in (*self.KEPT, "parts"):
@@ -1408,9 +1421,11 @@ def fastest(step, device):
     return min(times)
 
 
-def dry_run(options, runs, listing, parts, device):
+def dry_run(options, runs, listing, parts, chosen, device):
     """Says what would happen, and what it costs: measured with one network of each model on this device. -> the same
     for machines."""
+    about_folds = list(features.describe_folds(listing, parts))
+    parts = [parts[k] for k in chosen]
     windows, seconds = features.lengths(listing, options.window)
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
           f"{seconds.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
@@ -1428,7 +1443,7 @@ def dry_run(options, runs, listing, parts, device):
             print(f"cost      {model}, {kind}: {len(same) * number:,} of {costs[f'{model}, {kind}']:.3g} s")
     peak = peak_memory(device)
     print(f"in all    about {duration(total)} on {device}, peak memory {f'{peak:.1f} GB' if peak else 'unknown'}",
-          *features.describe_folds(listing, parts), sep="\n")
+          *(about_folds[k] for k in chosen), sep="\n")
     print(f"a dry run: nothing was written; a run goes to {out_folder(options)}")
     return {"command": command(), "settings": settings_of(options), "device": str(device), "versions": versions(),
             "threads": torch.get_num_threads(), "seconds_of_a_step": costs, "seconds": total, "peak_gb": peak}
@@ -1449,7 +1464,7 @@ def answer(file, about):
 def read_model(file):
     """-> what model.pt holds, and as "net" its network."""
     with reading(file, "name a run folder, or a model.pt that this program wrote"):
-        model = torch.load(file, map_location="cpu", weights_only=True)
+        model = load_file(file)
         if model["format"] != "emodarts-2":
             raise ValueError(f"format {model['format']!r}, expected emodarts-2")
         settings, classes, sizes = features.Settings(**model["features"]), model["classes"], model["sizes"]
@@ -1637,7 +1652,7 @@ def run(argv):
         device, runs = pick_device(options.device), plan(options)
         if options.dry_run:
             with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
-                about = dry_run(options, runs, listing, [parts[k] for k in chosen], device)
+                about = dry_run(options, runs, listing, parts, chosen, device)
             return answer(options.json, about)
     other = second_corpus(options, listing.classes)
     jobs = [Job(part, k, out_folder(part) / f"fold{k}") for part in runs for k in chosen]

@@ -1,32 +1,35 @@
-"""Tests are oracles: each compares with something independent (an exact gradient, a count from the literature, another
-formulation, a second run) and fails when the code is wrong.
-
-    python -m pytest test_emodarts.py
-"""
+"""The tests are oracles: each compares with something independent (an exact gradient, a count from the literature,
+another formulation, torchaudio, a run that was not disturbed) and fails when the code is wrong."""
 
 import ast
+import contextlib
+import copy
 import csv
 import inspect
 import io
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
+import socket
 import statistics
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
-import zipfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,28 +44,14 @@ from torch import nn
 import emodarts
 import features
 import train
-from emodarts import CNN_OPS, SEQ_OPS, SEQ_SPACES, Architect, Genotype, MixedOp, Network, derive
-from features import CORPORA, InputError, Listing, Settings, Utterance, folds, load, read_corpus
+from emodarts import CNN_OPS, SEQ_OPS, SEQ_SPACES, Architect, Genotype, MixedOp, Network, decided, derive, expected_parameters, without_statistics
+from features import CORPORA, InputError, Listing, Settings, Utterance, folds, load, lock, read_corpus
 
 HERE = Path(__file__).parent
-SMALL = dict(channels=4, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
-
-
-def batch(n, f=24, t=32, dtype=torch.float32):
-    return torch.randn(n, 1, f, t, dtype=dtype), torch.arange(n) % 4
-
-
-def random_genotype(nodes=2, kinds=("normal", "reduce", "seq")):
-    """Drawn uniformly from the space, `none` excepted."""
-
-    def draw(options):
-        return options[torch.randint(len(options), ()).item()]
-
-    def cell(ops):
-        ops = [op for op in ops if op != "none"]
-        return [[(draw(ops), j) for j in sorted(torch.randperm(i)[:2].tolist())] for i in range(2, nodes + 2)]
-
-    return Genotype(**{kind: cell(SEQ_OPS if kind == "seq" else CNN_OPS) for kind in kinds})
+SMALL = dict(channels=4, features=24, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
+KINDS = ("normal", "reduce", "seq")
+RECURRENT = [name for name in SEQ_OPS if name not in ("none", "skip_connect")]
+close = torch.testing.assert_close
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +59,41 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations and sizes
+def batch(n, f=24, t=32, dtype=torch.float32):
+    return torch.randn(n, 1, f, t, dtype=dtype), torch.arange(n) % 4
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def whole_cell(nodes, ops):
+    """A cell in which no edge is missing; the operations come in the order of the edges, again and again."""
+    ops = itertools.cycle(ops)
+    return tuple(tuple((next(ops), j) for j in range(i)) for i in range(2, nodes + 2))
+
+
+def some_genotype(nodes=2, **more):
+    """Two edges a node, with operations other than `none`."""
+    net = Network(channels=1, cnn_cells=3, seq_cells=1, nodes=nodes)
+    return Genotype(**{**emodarts.random_genotype(net).cells(), **more})
+
+
+def used(module, x):
+    """In evaluation mode, with running statistics that are not the initial ones."""
+    with torch.no_grad():
+        for _ in range(3):
+            module.train()(x)
+    return module.eval()
+
+
+def derived_from(supernet, genotype, **sizes):
+    """A derived network with the supernet's weights and statistics; its norms begin with scale 1 and shift 0."""
+    net, there = Network(**sizes, genotype=genotype).double(), supernet.state_dict()
+    missing, _ = net.load_state_dict({name: there[name] for name in net.state_dict() if name in there}, strict=False)
+    norms = [m for m in (*net.cnn.modules(), *net.seq.modules()) if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
+    assert len(missing) == 2 * len(norms)  # each has scale and shift, and no norm of the supernet's cells has them
+    return net
 
 
 @pytest.mark.parametrize("space, count", [("lstm", 74_319_852), ("rnn", 18_839_532)])
@@ -82,233 +104,403 @@ def test_paper_scale_has_the_published_number_of_weights(space, count):
     assert sum(p.numel() for p in net.weights()) == count
 
 
-def test_names_and_spaces():
-    assert len(CNN_OPS) == 8 and len(SEQ_OPS) == 14
-    assert {name: len(ops) for name, ops in SEQ_SPACES.items()} == {"all": 14, "lstm": 6, "rnn": 6, "lstm_att": 4, "rnn_att": 4}
+def test_names_spaces_and_parameters():
+    sizes = {name: len(ops) for name, ops in SEQ_SPACES.items()}
+    assert len(CNN_OPS) == 8 and sizes == {"all": 14, "lstm": 6, "rnn": 6, "lstm_att": 4, "rnn_att": 4}
     assert all({"none", "skip_connect"} <= set(ops) <= set(SEQ_OPS) for ops in SEQ_SPACES.values())
-
-
-def test_parameters_are_split_without_overlap_and_alphas_are_saved():
     net = Network(**SMALL)
     w, alphas = {id(p) for p in net.weights()}, {id(p) for p in net.alphas()}
     assert len(alphas) == 3 and not w & alphas and w | alphas == {id(p) for p in net.parameters()}
-    assert {"alpha.normal", "alpha.reduce", "alpha.seq"} <= set(net.state_dict())
-    assert not Network(**SMALL, genotype=random_genotype()).alphas()
+    assert {f"alpha.{kind}" for kind in KINDS} <= set(net.state_dict())
+    assert not Network(**SMALL, genotype=some_genotype()).alphas()
 
 
-@pytest.mark.parametrize("name", CNN_OPS)
-@pytest.mark.parametrize("size", [(7, 9), (8, 6), (1, 5), (1, 1)])
-def test_cnn_operations_agree_in_size(name, size):
-    for stride in (1, 2):
-        out = CNN_OPS[name](4, stride, False).eval()(torch.randn(3, 4, *size))
-        assert out.shape == (3, 4, *(-(-s // stride) for s in size))
+@pytest.mark.parametrize("name, relus, offsets, strided", [
+    ("none", 0, [], []), ("skip_connect", 0, [0], [0, 1]),
+    ("max_pool_3x3", 0, [-1, 0, 1], [-1, 0, 1]), ("avg_pool_3x3", 0, [-1, 0, 1], [-1, 0, 1]),
+    ("sep_conv_3x3", 2, range(-2, 3), range(-3, 4)), ("sep_conv_5x5", 2, range(-4, 5), range(-6, 7)),
+    ("dil_conv_3x3", 1, [-2, 0, 2], [-2, 0, 2]), ("dil_conv_5x5", 1, [-4, -2, 0, 2, 4], [-4, -2, 0, 2, 4]),
+])
+def test_cnn_operations_agree_in_size_and_look_where_their_names_say(name, relus, offsets, strided):
+    assert sum(isinstance(m, nn.ReLU) for m in CNN_OPS[name](4, 1, False).modules()) == relus
+    x = torch.rand(1, 4, 17, 17, requires_grad=True)
+    for stride, expected in ((1, offsets), (2, strided)):
+        op = smooth(CNN_OPS[name](4, stride, False)).eval()
+        for size in ((7, 9), (8, 6), (1, 5), (1, 1)):
+            assert op(torch.randn(3, 4, *size)).shape == (3, 4, *(math.ceil(s / stride) for s in size))
+        y = op(x)[0, :, 8 // stride, 8 // stride].sum() + 0 * x.sum()
+        seen = (torch.autograd.grad(y, x)[0].abs().sum(dim=(0, 1)).nonzero() - 8).tolist()
+        pairs = zip(expected, expected) if name == "skip_connect" else itertools.product(expected, expected)
+        assert {tuple(place) for place in seen} == set(pairs)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_operations_by_hand(name):
+    """From torch's layers and, for the attention, their final hidden states, frame by frame."""
+    op, x, attentive = SEQ_OPS[name](6, True).double(), torch.randn(3, 5, 6).double(), "_att_" in name
+    assert type(op.rnn) is (nn.LSTM if name.startswith("lstm") else nn.RNN)
+    assert op.rnn.num_layers == int(name[-1]) and op.rnn.bidirectional == attentive
+    with torch.no_grad():
+        op.norm.weight.normal_(), op.norm.bias.normal_()
+        h, last = op.rnn(x)
+        last = last[0] if isinstance(last, tuple) else last  # (2 * layers, N, D): layer by layer, forward, backward
+        for n, y in enumerate(op(x)):
+            out = list(h[n])
+            if attentive:
+                q, (dense, _, v) = torch.cat([last[-2, n], last[-1, n]]), op.score
+                e = [v(torch.tanh(dense(torch.cat([h_t, q])))).exp() for h_t in out]
+                context = sum(e_t / sum(e) * h_t for e_t, h_t in zip(e, out))
+                out = [op.project(torch.cat([h_t, context])) for h_t in out]
+            for ours, theirs in zip(y, out, strict=True):
+                theirs = (theirs - theirs.mean()) / (theirs.var(correction=0) + 1e-5).sqrt()
+                close(ours, theirs * op.norm.weight + op.norm.bias)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_operations_begin_gate_by_gate_and_equally_loud(name):
+    """Deviation over time and utterances of what an operation says of noise of deviation 1: within a factor 1.2 of what
+    a skip says; measured 0.88 (lstm_att_2) to 1.00. Torch's own initialisation without norm: 0.008 (lstm_4)."""
+    for _ in range(3):
+        op = SEQ_OPS[name](64, False)
+        with torch.no_grad():
+            assert 1 / 1.2 < op(torch.randn(256, 16, 64)).std(dim=(0, 1)).mean() < 1.2
+    for parameter, p in op.rnn.named_parameters():
+        for k, gate in enumerate(p.detach().split(64)):  # LSTM: input, forget, cell, output (torch.nn.LSTM)
+            if "weight_hh" in parameter:
+                close(gate @ gate.T, torch.eye(64), atol=1e-5, rtol=0)
+            elif "weight_ih" in parameter:
+                assert 0.95 < gate.abs().max() / math.sqrt(6 / sum(gate.shape)) <= 1
+            else:
+                assert (gate == float(name.startswith("lstm") and "bias_ih" in parameter and k == 1)).all()
 
 
 @pytest.mark.parametrize("cnn_cells", [1, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize("seq_cells, nodes, channels, f, t", [(0, 1, 2, 13, 37), (1, 3, 3, 40, 9), (2, 1, 4, 1, 5), (3, 2, 1, 33, 8)])
-def test_free_sizes(cnn_cells, seq_cells, nodes, channels, f, t):
-    sizes = dict(classes=7, channels=channels, cnn_cells=cnn_cells, seq_cells=seq_cells, nodes=nodes, seq_space="rnn")
-    net = Network(**sizes)
-    x, _ = batch(2, f, t)
-    assert net(x).shape == (2, 7)
+@pytest.mark.parametrize("seq_cells, nodes, channels, f, t, width",
+                         [(0, 1, 2, 13, 37, 3), (1, 3, 3, 41, 9, None), (2, 1, 4, 1, 5, 6), (3, 2, 1, 33, 8, 5)])
+def test_free_sizes(cnn_cells, seq_cells, nodes, channels, f, t, width):
+    sizes = dict(classes=7, channels=channels, features=f, cnn_cells=cnn_cells, seq_cells=seq_cells, nodes=nodes,
+                 seq_width=width, seq_space="rnn")
+    net, x = Network(**sizes), batch(2, f, t)[0]
+    logits = net(x)
+    logits.sum().backward()
+    assert logits.shape == (2, 7) and all(p.grad is not None for p in net.parameters())
+    reductions = {k for k, cell in enumerate(net.cnn) if cell.kind == "reduce"}
+    assert reductions == {cnn_cells // 3, 2 * cnn_cells // 3}
+    assert net.head.in_features == (width or nodes * channels * 2 ** len(reductions))
     genotype = derive(net)
     assert (genotype.seq is None) == (seq_cells == 0) and (genotype.normal is None) == (cnn_cells < 3)
     assert Network(**sizes, genotype=genotype)(x).shape == (2, 7)
 
 
-def test_sizes_that_cannot_be_are_refused():
-    for name in ("channels", "cnn_cells", "nodes", "stem_stride", "bands"):
-        with pytest.raises(ValueError, match=name):
-            Network(**{name: 0})
-    with pytest.raises(ValueError, match="lstm, rnn, lstm_att, rnn_att"):
-        Network(seq_space="gru")
-    with pytest.raises(ValueError, match="bands is 3, and the map behind the CNN cells has 2 rows"):
-        Network(**SMALL, bands=3, seq_space="rnn")(batch(2, 16, 16)[0])
+def test_what_the_seqnn_hears_of_a_frame():
+    """The mean over F without weights; or a linear layer over C x F, LayerNorm, dropout. Time stays what it is."""
+    x, mean, frames = torch.randn(2, 3, 5, 7), emodarts.Frames(3, 5), emodarts.Frames(3, 5, 40).eval()
+    close(mean(x), torch.einsum("ncft->ntc", x) / 5)
+    assert not list(mean.parameters())
+    linear, norm, _ = frames.project
+    norm.weight.data.normal_(), norm.bias.data.normal_()
+    z = torch.einsum("ncft,dcf->ntd", x, linear.weight.unflatten(1, (3, 5))) + linear.bias
+    z = (z - z.mean(2, keepdim=True)) / (z.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    close(frames(x), z * norm.weight + norm.bias, rtol=1e-4, atol=1e-5)
+    rates = [m.p for m in Network(**SMALL, seq_width=8, dropout=0.1).modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.1, 0.3, 0.3]  # behind cells; in both of the outputs that the SeqNN hears
 
 
-def test_bands_are_means_of_parts_of_the_frequency_axis():
-    """Against the map behind the last cells, averaged by numpy; 5 rows in two bands are 3 and 2."""
-    maps = []
-    net = Network(**SMALL, bands=2, genotype=random_genotype()).eval()
-    for cell in net.cnn:
-        cell.register_forward_hook(lambda module, inputs, output: maps.append(output.detach().numpy()))
-    seen = net.frames(batch(2, 39, 24)[0])
-    assert maps[-1].shape[2] == 5 and seen[0].shape == seen[1].shape == (2, maps[-1].shape[3], 2 * maps[-1].shape[1])
-    expected = np.concatenate([maps[-1][:, :, :3].mean(2), maps[-1][:, :, 3:].mean(2)], 1).transpose(0, 2, 1)
-    np.testing.assert_allclose(seen[1].detach().numpy(), expected, atol=1e-6)
-    assert net(batch(2, 39, 24)[0]).shape == (2, 4)
+@pytest.mark.parametrize("turn", [0, 4])
+def test_a_derived_network_exports_with_a_free_batch_size(turn):
+    """With every operation; each CNN operation stands on an edge with stride 2 in one of the two networks."""
+    names = list(CNN_OPS)[turn:] + list(CNN_OPS)[:turn]
+    genotype = Genotype(whole_cell(3, CNN_OPS), whole_cell(3, names), whole_cell(4, SEQ_OPS))
+    net = Network(channels=2, features=21, cnn_cells=3, seq_cells=1, seq_width=8 if turn else None, genotype=genotype)
+    used(net, batch(3, 21, 19)[0]).drop_path = 0.5  # in training only
+    exported = torch.export.export(net, (batch(3, 21, 19)[0],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    for n in (1, 2, 7):
+        x, _ = batch(n, 21, 19)
+        close(exported(x), net(x))
 
 
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the published code gets wrong: utterances must not see each other, frames must
-
-
-def used(module, *inputs):
-    """In evaluation mode, with running statistics that are not the initial ones."""
-    with torch.no_grad():
-        for _ in range(3):
-            module.train()(*inputs)
-    return module.eval()
-
-
-def assert_independent(f, x):
+@pytest.mark.parametrize("shape, make", [
+    *(((17, 4, 9, 8), partial(op, 4, stride, True)) for op in CNN_OPS.values() for stride in (1, 2)),
+    *(((17, 11, 6), partial(op, 6, True)) for op in SEQ_OPS.values()),
+    *(((17, 1, 24, 32), partial(Network, **SMALL, seq_width=width)) for width in (None, 6)),
+    ((17, 1, 24, 32), lambda: Network(**SMALL, genotype=some_genotype())),
+])
+def test_utterances_do_not_mix(shape, make):
+    x = torch.randn(shape)
+    f, order = used(make(), x), torch.randperm(len(x))
     with torch.no_grad():
         alone = torch.cat([f(x[k : k + 1]) for k in range(len(x))])
-        for n in (1, 2, 16, 17):
-            torch.testing.assert_close(f(x[:n]), alone[:n], rtol=0, atol=1e-5)
-        order = torch.randperm(len(x))
-        torch.testing.assert_close(f(x[order]), alone[order], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CNN_OPS)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_cnn_operations_do_not_mix_utterances(name, stride):
-    x = torch.randn(17, 4, 9, 8)
-    assert_independent(used(CNN_OPS[name](4, stride, True), x), x)
-
-
-@pytest.mark.parametrize("name", SEQ_OPS)
-def test_seq_operations_do_not_mix_utterances(name):
-    x = torch.randn(17, 11, 6)
-    assert_independent(used(SEQ_OPS[name](6), x), x)
-
-
-@pytest.mark.parametrize("derived", [False, True])
-def test_networks_do_not_mix_utterances(derived):
-    x, _ = batch(17)
-    net = Network(**SMALL, genotype=random_genotype() if derived else None)
-    assert_independent(used(net, x), x)
+        for n in (2, 16, 17):
+            close(f(x[:n]), alone[:n], rtol=0, atol=1e-5)
+        close(f(x[order]), alone[order], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in SEQ_OPS if name != "none"])
 def test_order_of_frames_counts_exactly_when_an_operation_is_recurrent(name):
-    genotype = Genotype(**{**vars(random_genotype()), "seq": [[(name, 0), ("skip_connect", 1)], [("skip_connect", 0), ("skip_connect", 2)]]})
-    net = Network(**SMALL, genotype=genotype).double().eval()
-    with torch.no_grad():
-        s0, s1 = net.frames(batch(3, dtype=torch.float64)[0])
-        assert s0.shape == s1.shape == (3, 4, 32)  # 32 frames, halved by the stem and by two reductions; 4 * 4 channels * 2 nodes
-        order = torch.tensor([2, 0, 3, 1])
-        change = (net.classify(s0[:, order], s1[:, order]) - net.classify(s0, s1)).abs().max()
+    seq = [[(name, 0), ("skip_connect", 1)], [("skip_connect", 0), ("skip_connect", 2)]]
+    net, (x, _) = Network(**SMALL, genotype=some_genotype(seq=seq)).double().eval(), batch(3, 24, 256, torch.float64)
+    s0, s1 = net.frames(x)
+    assert s0.shape == s1.shape == (3, 32, 32)  # 256 frames halved three times; 4 * 4 channels * 2 nodes
+    change = (net.classify(s0[:, torch.randperm(32)], s1) - net.classify(s0, s1)).abs().max()
     assert change < 1e-12 if name == "skip_connect" else change > 1e-6
+    x[..., 248:] += 1  # the last frames change, the first ones of the sequence do not
+    for before, after in zip((s0, s1), net.frames(x)):
+        differs = (before != after).any(dim=2).any(dim=0)
+        assert differs[-1] and not differs[:8].any()
 
 
-def test_time_axis_of_the_input_is_the_time_axis_of_the_sequence():
-    net = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=1, seq_space="rnn").eval()
-    x, _ = batch(1, 16, 64)
-    changed = x.clone()
-    changed[..., 60:] += 1  # the last frames change, the first ones of the sequence do not
-    with torch.no_grad():
-        (_, before), (_, after) = net.frames(x), net.frames(changed)
-    differs = (before != after).any(dim=2)[0]
-    assert before.shape[1] == 32 and differs[-1] and not differs[:16].any()
+def test_mixed_operation_is_the_weighted_sum_also_where_it_is_copied_to():
+    there = {"__name__": "elsewhere"}
+    exec("import torch\nfrom torch import nn\n" + inspect.getsource(MixedOp), there)  # nothing else of the file
+    ops, x, weight = {name: SEQ_OPS[name](5, False) for name in SEQ_OPS}, torch.randn(2, 7, 5), torch.rand(14)
+    for mixed in (MixedOp(ops), there["MixedOp"](ops)):
+        close(mixed(x, weight), sum(w * op(x) for w, op in zip(weight, ops.values())))
+        close(mixed(x, weight, 3), weight[3] * ops["lstm_2"](x))
+    close(there["MixedOp"]({"lstm_2": ops["lstm_2"]})(x), ops["lstm_2"](x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixed operation, genotype, derivation
+def plain(op, x):
+    """What an operation is by definition: strides in the convolutions, and no grid before them."""
+    grid = None
+    for m in op if isinstance(op, nn.Sequential) else [op]:
+        if grid is emodarts.EvenGrid:  # a dilated convolution with stride 2
+            x = F.conv2d(x, m.weight, stride=2, padding=m.kernel_size[0] // 2 * 2, dilation=2, groups=m.groups)
+        elif grid is emodarts.BothGrids:  # two 1x1 convolutions with stride 2, the second moved by one
+            even, odd = m.weight.chunk(2)
+            moved = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
+            x = torch.cat([F.conv2d(x, even, stride=2), F.conv2d(moved, odd, stride=2)], dim=1)
+        elif isinstance(m, nn.AvgPool2d):
+            x = F.avg_pool2d(x, 3, m.stride, 1) / F.avg_pool2d(torch.ones_like(x), 3, m.stride, 1)
+        elif not isinstance(m, (emodarts.EvenGrid, emodarts.BothGrids)):
+            x = m(x)
+        grid = type(m)
+    return x
 
 
-def test_mixed_operation_is_the_weighted_sum():
-    ops = {name: SEQ_OPS[name](5) for name in SEQ_OPS}
-    x, alpha = torch.randn(2, 7, 5), torch.randn(len(ops))
-    share = torch.exp(alpha) / torch.exp(alpha).sum()
-    expected = torch.stack([p * op(x) for p, op in zip(share, ops.values())]).sum(0)
-    torch.testing.assert_close(MixedOp(ops)(x, alpha.softmax(0)), expected)
+@pytest.mark.parametrize("kind, size, older", [
+    ("normal", (12, 9), (12, 9)), ("normal", (6, 5), (11, 10)), ("reduce", (12, 9), (12, 9)),
+    ("reduce", (7, 8), (13, 16)), ("seq", 7, 7),
+])
+def test_a_cell_is_its_plain_definition(kind, size, older):
+    """Node i is the sum over j < i of the weighted operations on state j, each edge by itself: outputs, gradients."""
+    names = SEQ_OPS if kind == "seq" else CNN_OPS
+    wiring = [[(j, tuple(names)) for j in range(i)] for i in (2, 3, 4)]
+    if kind == "seq":
+        cell, inputs = emodarts.SeqCell(wiring, 6, False), [torch.randn(3, 7, 6), torch.randn(3, 7, 6)]
+    else:
+        cell = emodarts.CNNCell(kind, wiring, 6, 6, 4, size != older, False)
+        inputs = [torch.randn(3, 6, *older), torch.randn(3, 6, *size)]
+        assert all(type(before[0]) is nn.ReLU for before in cell.before)
+    cell, inputs = cell.double(), [s.double().requires_grad_() for s in inputs]
+    weight = torch.randn(9, len(names)).double().softmax(1).requires_grad_()
+    states, rows = [plain(before, s) for before, s in zip(cell.before, inputs)], iter(weight)
+    for i in (2, 3, 4):
+        edges = [(states[j], next(rows), cell.edges[f"{j}_{i}"].ops.values()) for j in range(i)]
+        states.append(sum(w * plain(op, x) for x, row, ops in edges for w, op in zip(row, ops)))
+    theirs = torch.cat(states[2:], dim=1)
+    if kind == "seq":  # 3 * D features -> D: means of neighbours
+        theirs = torch.cat(states[2:], dim=2).unflatten(2, (6, 3)).mean(3)
+    ours, leaves = cell(*inputs, list(weight)), [*inputs, weight, *cell.parameters()]
+    close(ours, theirs, rtol=1e-9, atol=1e-9)
+    direction = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, direction) for y in (ours, theirs))):
+        close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_mixed_operation_works_where_it_is_copied_to():
-    there = {"nn": nn, "__name__": "elsewhere"}
-    exec(inspect.getsource(MixedOp), there)  # nothing else of the file
-    ops, x = {"none": nn.Identity(), "linear": nn.Linear(3, 3), "same": nn.Identity()}, torch.randn(2, 3)
-    y = there["MixedOp"](ops)(x, torch.tensor([0.5, 0.2, 0.3]))
-    torch.testing.assert_close(y, 0.2 * ops["linear"](x) + 0.3 * x)
+def test_what_edges_share_is_computed_once_and_counted_once():
+    net, calls = Network(**SMALL), []
+    for m in net.modules():
+        if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
+            m.register_forward_hook(lambda *_: calls.append(1))
+    net(batch(4)[0])
+    assert len(calls) == 3 * 3 * 2  # cells, states with edges, kinds of pooling
+    assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_supernet_with_one_hot_alphas_is_the_derived_network(training):
-    sizes = dict(SMALL, cnn_cells=4, seq_cells=2, nodes=3, dropout=0.0)
-    genotype = random_genotype(nodes=3)
-    supernet, x = Network(**sizes).double(), batch(5, dtype=torch.float64)[0]
-    used(supernet, x)
-    with torch.no_grad():
-        for kind, alpha in supernet.alpha.items():
-            names = list(supernet.candidates[kind])
-            chosen = {(i, j): op for i, node in enumerate(getattr(genotype, kind), 2) for op, j in node}
-            edges = [(i, j) for i in range(2, 5) for j in range(i)]
-            assert len(edges) == len(alpha)
-            for row, edge in zip(alpha, edges):  # exp(-1000) is 0: the softmax is exactly one-hot
-                row.fill_(0.0)[names.index(chosen.get(edge, "none"))] = 1000.0
-    net = Network(**sizes, genotype=genotype).double()
-    there = supernet.state_dict()
-    missing = set(net.state_dict()) - set(there)
-    assert all(name.split(".")[-1] in ("weight", "bias") and there[name.rsplit(".", 1)[0] + ".running_mean"].dim() == 1 for name in missing)
-    net.load_state_dict({name: there[name] for name in net.state_dict() if name in there}, strict=False)  # BN scale 1, shift 0
-    torch.testing.assert_close(net.train(training)(x), supernet.train(training)(x), rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("whole", [False, True])
+def test_supernet_with_one_hot_alphas_is_the_derived_network(training, whole):
+    """Also that `decided` brings the alphas back, whatever happens inside."""
+    sizes = dict(SMALL, cnn_cells=4, seq_cells=2, nodes=4, seq_width=None if training else 8, dropout=0.0)
+    genotype = Genotype(*(whole_cell(4, ops) for ops in (CNN_OPS, CNN_OPS, SEQ_OPS))) if whole else some_genotype(4)
+    supernet, (x, _) = Network(**sizes).double(), batch(5, dtype=torch.float64)
+    used(supernet, x).train(training)
+    derived, searched = derived_from(supernet, genotype, **sizes).train(training), flat(supernet.alphas())
+    with pytest.raises(ZeroDivisionError), decided(supernet, genotype):
+        close(supernet(x), derived(x), rtol=1e-9, atol=1e-9)
+        assert whole or derive(supernet) == genotype
+        1 / 0
+    supernet.candidates["seq"] = SEQ_SPACES["rnn"] * 3
+    with pytest.raises(ValueError), decided(supernet, some_genotype(4, seq=whole_cell(4, ["lstm_1"]))):
+        pass  # not in the space
+    assert torch.equal(searched, flat(supernet.alphas()))
 
 
 def test_derivation_ranks_edges_by_softmax_weight():
-    net = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="lstm_att")  # none, skip, lstm_att_1, lstm_att_2
+    net = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="lstm_att")
     with torch.no_grad():
-        net.alpha["seq"].copy_(
-            torch.tensor(
-                [
-                    [0.0, 1.0, 0.0, 0.0],  # 0 -> 2: skip
-                    [0.0, 0.0, 0.0, 2.0],  # 1 -> 2: lstm_att_2
-                    [5.0, 6.0, 5.9, 5.8],  # 0 -> 3: the largest raw alpha, and the smallest share: 0.33
-                    [9.0, 2.0, 0.0, 0.0],  # 1 -> 3: `none` takes nearly all, does not count; skip has 0.0009
-                    [0.0, 0.0, 1.5, 0.0],  # 2 -> 3: 0.60
-                ]
-            )
-        )
-    assert derive(net).seq == ((("skip_connect", 0), ("lstm_att_2", 1)), (("skip_connect", 0), ("lstm_att_1", 2)))
-    with torch.no_grad():
+        net.alpha["seq"].copy_(torch.tensor([  # none, skip, lstm_att_1, lstm_att_2
+            [0.0, 1.0, 0.0, 0.0],  # 0 -> 2: skip
+            [0.0, 0.0, 0.0, 2.0],  # 1 -> 2: lstm_att_2
+            [5.0, 6.0, 5.9, 5.8],  # 0 -> 3: the largest raw alpha, and the smallest share: 0.33
+            [9.0, 2.0, 0.0, 0.0],  # 1 -> 3: `none` takes nearly all, does not count; skip has 0.0009
+            [0.0, 0.0, 1.5, 0.0],  # 2 -> 3: 0.60
+        ]))
+        assert derive(net).seq == ((("skip_connect", 0), ("lstm_att_2", 1)), (("skip_connect", 0), ("lstm_att_1", 2)))
         net.alpha["seq"][3] = torch.tensor([0.0, 3.0, 0.0, 0.0])  # raw 3.0 < 6.0, share 0.87 > 0.33
     assert derive(net).seq[1] == (("skip_connect", 1), ("lstm_att_1", 2))  # by raw alpha it would be 0 and 1
 
 
-def test_genotype_round_trip():
-    for kinds in (("normal", "reduce", "seq"), ("reduce",), ("reduce", "seq")):
-        genotype = random_genotype(3, kinds)
-        assert Genotype.from_json(genotype.to_json()) == genotype
-        assert set(json.loads(genotype.to_json())) == set(kinds)
-
-
-NODE = [["skip_connect", 0], ["skip_connect", 1]]
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("__import__('os')", "not a JSON text"),
-        ("[" * 100_000, "not a JSON text"),
-        ("[1, 2]", "expected an object"),
-        (json.dumps({"nromal": [NODE]}), "unknown cell 'nromal'; known: normal, reduce, seq"),
-        (json.dumps({"seq": []}), "at least one node"),
-        (json.dumps({"seq": [[]]}), "seq cell, node 2: expected a list of at least one edge"),
-        (json.dumps({"seq": [["lstm_1", 0]]}), r"expected an edge \[operation, predecessor\], found 'lstm_1'"),
-        (json.dumps({"seq": [[["lstm_9", 0]]]}), "node 2: unknown operation 'lstm_9'; known: none, skip_connect, lstm_1"),
-        (json.dumps({"normal": [[["lstm_1", 0]]]}), "normal cell, node 2: unknown operation 'lstm_1'; known: none, max_pool_3x3"),
-        (json.dumps({"normal": [[[["x"], 0]]]}), "unknown operation"),
-        (json.dumps({"reduce": [NODE, [["skip_connect", 3]]]}), "reduce cell, node 3: predecessor 3 does not exist; known: 0, 1, 2"),
-        (json.dumps({"reduce": [[["skip_connect", -1]]]}), "predecessor -1 does not exist"),
-        (json.dumps({"reduce": [[["skip_connect", True]]]}), "predecessor True does not exist"),
-        (json.dumps({"reduce": [[["skip_connect", 0], ["max_pool_3x3", 0]]]}), "same predecessor"),
-    ],
-)
-def test_broken_genotypes_are_refused(text, says):
+@pytest.mark.parametrize("given, says", [
+    ("__import__('os')", "expected a JSON object with the cells normal, reduce, seq"),
+    ("[" * 100_000, "expected a JSON object"),
+    ("[1, 2]", "expected a JSON object"),
+    ('{"nromal": [[["skip_connect", 0]]]}', "cells normal, reduce, seq .*nromal"),
+    *(('{"seq": %s}' % cell, r"seq cell: expected a list of nodes, each a list of edges \[operation, predecessor\]")
+      for cell in ("3", "[]", "[[]]", '[["lstm_1", 0]]', '[[["lstm_1", 0, 1]]]')),
+    ('{"seq": [[["lstm_9", 0]]]}', "seq cell, node 2: unknown operation 'lstm_9'; known: none, skip_connect, lstm_1"),
+    ('{"normal": [[["lstm_1", 0]]]}', "normal cell, node 2: unknown operation 'lstm_1'; known: none, max_pool_3x3"),
+    ('{"normal": [[[["x"], 0]]]}', "unknown operation"),
+    ('{"reduce": [[["none", 0]], [["none", 3]]]}', "reduce cell, node 3: no predecessor 3; known: 0, 1, 2"),
+    *(('{"reduce": [[["none", %s]]]}' % j, "no predecessor") for j in ("-1", "true", "null", "0.0", "2")),
+    ('{"reduce": [[["none", 0], ["max_pool_3x3", 0]]]}', "same predecessor"),
+    *(({name: 0}, f"{name} is 0") for name in ("classes", "features", "channels", "cnn_cells", "nodes", "stem_stride")),
+    *(({name: -1}, f"{name} is -1") for name in ("seq_cells", "seq_width")),
+    ({"seq_space": "gru"}, "'gru'; known: all, lstm, rnn, lstm_att, rnn_att"),
+    ({"relaxation": "hard"}, "'hard'; known: softmax, sample"),
+    ({"genotype": Genotype(normal=whole_cell(1, ["none"]))}, "no reduce and no seq cell.*it has: normal"),
+])
+def test_genotypes_and_sizes_that_cannot_be_are_refused(given, says):
     with pytest.raises(ValueError, match=says):
-        Genotype.from_json(text)
+        Genotype.from_json(given) if isinstance(given, str) else Network(**given)
 
 
-def test_genotype_without_a_needed_cell_is_refused():
-    with pytest.raises(ValueError, match="no seq cell.*3 CNN and 1 SeqNN.*it has: normal, reduce"):
-        Network(**SMALL, genotype=random_genotype(2, ("normal", "reduce")))
-    Network(**{**SMALL, "seq_cells": 0}, genotype=random_genotype(2, ("normal", "reduce")))
+def test_random_genotypes_are_uniform_and_survive_json():
+    net, counts = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="rnn_att"), Counter()
+    for _ in range(600):
+        genotype = emodarts.random_genotype(net)
+        assert Genotype.from_json(genotype.to_json()) == genotype and list(genotype.cells()) == ["reduce", "seq"]
+        counts.update(op for node in genotype.seq for op, _ in node)
+        counts.update([tuple(j for _, j in genotype.seq[1])])
+    assert set(counts) == {"skip_connect", "rnn_att_1", "rnn_att_2", (0, 1), (0, 2), (1, 2)}
+    for name, n in counts.items():  # 2,400 edges over 3 operations, 600 nodes over 3 pairs; 5 standard deviations
+        expected = 200 if isinstance(name, tuple) else 800
+        assert abs(n - expected) < 5 * math.sqrt(expected * 2 / 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The architect
+@pytest.mark.parametrize("searched", [("normal", "reduce"), ("seq",)])
+def test_an_ablation_searches_the_other_cells_only(searched):
+    chain = [[("skip_connect", 1)], [("skip_connect", 2)]]  # nothing looks at state 0, whose weights then do nothing
+    given = Genotype(**{kind: chain for kind in KINDS if kind not in searched})
+    net = Network(**SMALL, seq_space="rnn", fixed=given)
+    assert tuple(net.alpha) == searched
+    for genotype in (derive(net), emodarts.random_genotype(net)):
+        assert all((getattr(genotype, kind) == getattr(given, kind)) == (kind not in searched) for kind in KINDS)
+    _, gradient = Architect(net, F.cross_entropy, order=2).second_order(batch(4), batch(4), xi=0.1)
+    assert all(g.norm() > 0 and g.isfinite().all() for g in gradient)
+
+
+def test_drop_path_silences_edges_but_no_skip():
+    x = emodarts.drop_path(torch.ones(20_000, 2, 3), 0.3)
+    assert ((x == 0) | (x == 1 / 0.7)).all() and (x == x[:, :1, :1]).all() and abs((x == 0).float().mean() - 0.3) < 0.02
+    genotype = Genotype(*([[("skip_connect", 0), (op, 1)]] * 2 for op in ("sep_conv_3x3", "dil_conv_3x3", "lstm_1")))
+    silent = Genotype(*([[("skip_connect", 0), ("none", 1)]] * 2 for _ in KINDS))
+    net, without = (Network(**SMALL, dropout=0.0, genotype=g).double() for g in (genotype, silent))
+    without.load_state_dict(net.state_dict(), strict=False)
+    net.drop_path, (x, _) = 1 - 1e-12, batch(4, dtype=torch.float64)
+    close(net(x), without(x), rtol=0, atol=1e-9)
+
+
+def sampling(**more):
+    net = Network(**SMALL, relaxation="sample", dropout=0.0, **more).double()
+    net.draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for alpha in net.alphas():
+            alpha.normal_()
+    return net
+
+
+def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn():
+    """In logits and gradients of the weights; what was not drawn is not touched."""
+    net, drawn, x = sampling(), {}, batch(4, dtype=torch.float64)[0]
+    relaxed = net.relaxed
+
+    def recorded(kind):  # all cells of a kind draw the same: the last draw is the only one
+        drawn[kind] = relaxed(kind)
+        return drawn[kind]
+
+    net.relaxed = recorded
+    for _ in range(5):
+        net.zero_grad()
+        logits = net(x)
+        ops = {kind: [net.candidates[kind][k] for k in numbers] for kind, (_, numbers) in drawn.items()}
+        genotype = Genotype(**{kind: whole_cell(2, names) for kind, names in ops.items()})
+        derived = derived_from(net, genotype, **SMALL, dropout=0.0)
+        close(logits, derived(x))
+        logits.square().sum().backward()
+        derived(x).square().sum().backward()
+        gradients = {name: p.grad for name, p in derived.named_parameters()}
+        for name, p in net.named_parameters():
+            assert (p.grad is None) == (gradients.get(name) is None) or name.startswith("alpha."), name
+            if gradients.get(name) is not None:
+                close(p.grad, gradients[name])
+
+
+def test_the_gradient_of_a_draw_is_the_straight_through_one():
+    """With p = softmax(alpha + g), g Gumbel noise, d drawn: dL/dalpha_k = <dL/dy, o_d(x)> p_d (delta_dk - p_k)."""
+    net = sampling(seq_space="rnn_att")
+    alpha, edges, x = net.alpha["seq"], net.seq[0].edges.values(), torch.randn(3, 4, 32).double()
+    g = -torch.empty(alpha.shape).exponential_(generator=torch.Generator().manual_seed(5)).log()  # -log(-log u)
+    p = (alpha + g).softmax(dim=1).detach()
+    weight, drawn = net.relaxed("seq")
+    assert drawn == p.argmax(dim=1).tolist() and len(set(drawn)) > 2
+    for row, (edge, d) in enumerate(zip(edges, drawn, strict=True)):
+        called, dL_dy = [], torch.randn_like(x)
+        y = edge(x, weight[row], d, lambda op, x: called.append(op) or op(x))
+        (gradient,) = torch.autograd.grad(y, alpha, dL_dy, retain_graph=True)
+        assert called == [list(edge.ops.values())[d]]  # and no other
+        expected = torch.zeros_like(alpha)
+        for k in range(alpha.shape[1]):
+            expected[row, k] = (dL_dy * called[0](x)).sum() * p[row, d] * (float(k == d) - p[row, k])
+        close(gradient, expected)
+
+
+def test_every_operation_is_drawn_with_its_probability():
+    net, n = sampling(), 4000
+    with torch.no_grad():
+        net.alpha["seq"].mul_(1.5)[1] = net.alpha["seq"][0]
+        odds = torch.exp(net.alpha["seq"])
+    p = odds / odds.sum(dim=1, keepdim=True)
+    draws = torch.tensor([net.relaxed("seq")[1] for _ in range(n)])  # (n, edges)
+    for row in range(len(p)):
+        share = draws[:, row].bincount(minlength=p.shape[1]) / n
+        assert ((share - p[row]).abs() < 5 * (p[row] * (1 - p[row]) / n).sqrt()).all()
+    for a, b in ((draws[:, 0], draws[:, 1]), (draws[1:, 0], draws[:-1, 0])):  # two edges, and two steps, of the same p
+        assert abs((a == b).float().mean() - p[0].square().sum()) < 0.05  # draw independently
+
+
+def test_draws_follow_their_generator_and_evaluation_draws_nothing():
+    net, softmax, (x, _) = sampling(), Network(**SMALL).double().eval(), batch(4, dtype=torch.float64)
+    softmax.load_state_dict(net.state_dict())
+    close(copy.deepcopy(net).eval()(x), softmax(x))
+    for draws in (net.draws, torch.default_generator):  # torch's own where there is no other
+        net.draws, logits = None if draws is torch.default_generator else draws, []
+        for seed in (7, 7, 8):
+            torch.manual_seed(len(logits))
+            draws.manual_seed(seed)
+            logits.append(net(x))
+        assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
+
+
+def test_first_order_survives_draws_that_cut_the_network_in_two_and_second_order_is_refused():
+    """Where all edges draw `none` the CNN hears nothing of the loss: its gradient is zero, and no error."""
+    net = sampling()
+    with torch.no_grad():
+        net.alpha["seq"].fill_(-1000.0)[:, 0] = 0.0
+    _, gradient = Architect(net, F.cross_entropy).first_order(batch(4, dtype=torch.float64))
+    assert [g.norm().item() for g in gradient] == [0, 0, 0]
+    with pytest.raises(ValueError, match="order 2 .* softmax"):
+        Architect(net, F.cross_entropy, order=2)
 
 
 def smooth(net):
@@ -322,693 +514,513 @@ def smooth(net):
     return net
 
 
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def second_order_terms(net, architect, val, train, xi):
-    """-> (the architect's second-order term, the exact one, eps), without the part dL_val(w')/dalpha that both share."""
-    names = [name for name, _ in net.named_parameters() if not name.startswith("alpha.")]
-    torch.manual_seed(1)
-    masks = int(torch.randint(2**62, ()))  # the architect's first draw
-    with torch.random.fork_rng():
-        torch.manual_seed(masks)
-        g = torch.autograd.grad(architect.loss(net(train[0]), train[1]), net.weights(), create_graph=True)
-    unrolled = [w - xi * g_w for w, g_w in zip(net.weights(), g)]  # w', a function of alpha
-    val_loss = architect.loss(torch.func.functional_call(net, dict(zip(names, unrolled)), (val[0],)), val[1])
-    exact_d_alpha = torch.autograd.grad(val_loss, net.alphas(), retain_graph=True)
-    v = torch.autograd.grad(val_loss, unrolled, retain_graph=True)
-    # The exact term is the part of dL_val/dalpha that flows through w': a vector-Jacobian product.
-    exact = flat(torch.autograd.grad(unrolled, net.alphas(), v))
-    torch.manual_seed(1)
-    _, total = architect.second_order(val, train, xi)
-    first_part = flat(exact_d_alpha) - exact
-    return flat(total) - first_part, exact, 0.01 / flat(v).norm()
-
-
 def test_second_order_term_is_the_exact_one():
-    net = smooth(Network(channels=2, cnn_cells=3, seq_cells=1, nodes=1)).double().train()
-    assert net.dropout.p == 0.3
+    """In a space without LayerNorm right behind tanh, whose curvature costs the finite difference 1 to 7 %. With the
+    published code's `/ 2. * eps`, or masks drawn afresh, the error is 1 and more."""
+    net = smooth(Network(channels=2, cnn_cells=3, seq_cells=1, nodes=1, seq_space="lstm_att")).double()
     with torch.no_grad():
         for alpha in net.alphas():
             alpha.normal_()
-    architect = Architect(net, F.cross_entropy, order=2)
-    val, train_batch = batch(6, 12, 16, torch.float64), batch(6, 12, 16, torch.float64)
-
-    def error(term, exact):
-        return ((term - exact).norm() / exact.norm()).item()
-
+    names = [name for name, _ in net.named_parameters() if not name.startswith("alpha.")]
+    val, train, xi = batch(6, 12, 16, torch.float64), batch(6, 12, 16, torch.float64), 0.1
     with emodarts.without_statistics(net):
-        term, exact, eps = second_order_terms(net, architect, val, train_batch, xi=0.1)
-    assert error(term, exact) < 0.01
-    assert error(term * (2 * eps) / 2.0 * eps, exact) > 0.9  # the published code's `/ 2. * eps`
+        torch.manual_seed(1)
+        masks = int(torch.randint(2**62, ()))  # the architect's first draw
+        with torch.random.fork_rng():
+            torch.manual_seed(masks)
+            g = torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), net.weights(), create_graph=True)
+        unrolled = [w - xi * g_w for w, g_w in zip(net.weights(), g)]  # w', a function of alpha
+        loss = F.cross_entropy(torch.func.functional_call(net, dict(zip(names, unrolled)), (val[0],)), val[1])
+        total = flat(torch.autograd.grad(loss, net.alphas(), retain_graph=True))
+        v = torch.autograd.grad(loss, unrolled, retain_graph=True)
+        # The second-order term is the part of dL_val/dalpha that flows through w': a vector-Jacobian product.
+        exact = flat(torch.autograd.grad(unrolled, net.alphas(), v))
+        torch.manual_seed(1)
+        _, ours = Architect(net, F.cross_entropy, order=2).second_order(val, train, xi)
+    assert net.dropout.p == 0.3 and (flat(ours) - total).norm() < 0.01 * exact.norm()  # measured 0.001
 
-    fixed = architect.gradient
-    architect.gradient = lambda batch, parameters, masks=None: fixed(batch, parameters)  # masks drawn afresh each time
-    with emodarts.without_statistics(net):
-        term, exact, _ = second_order_terms(net, architect, val, train_batch, xi=0.1)
-    assert error(term, exact) > 0.5
 
-
-def test_first_order_is_the_plain_gradient():
-    net = Network(**SMALL).train()
-    val, twin = batch(4), Network(**SMALL).train()
+def test_first_order_is_the_plain_gradient_and_the_expected_size_may_be_added():
+    net, twin, (x, target) = Network(**SMALL, dropout=0.0), Network(**SMALL, dropout=0.0), batch(4)
     twin.load_state_dict(net.state_dict())
-    torch.manual_seed(2)
-    F.cross_entropy(twin(val[0]), val[1]).backward()
-    torch.manual_seed(2)
-    _, gradient = Architect(net, F.cross_entropy).first_order(val)
-    torch.testing.assert_close(flat(gradient), flat([alpha.grad for alpha in twin.alphas()]))
-    assert all(w.requires_grad and w.grad is None for w in net.weights())
+    architect = Architect(net, F.cross_entropy, penalty=lambda: emodarts.expected_parameters(net) / 1e6)
+    loss, size = F.cross_entropy(twin(x), target), 0.0
+    loss.backward()
+    close(flat(architect.first_order((x, target))[1]), flat([alpha.grad for alpha in twin.alphas()]))
+    for cell in (*twin.cnn, *twin.seq):
+        for alpha, edge in zip(twin.alpha[cell.kind].exp(), cell.edges.values(), strict=True):
+            sizes = [sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]
+            size = size + sum(a / alpha.sum() * n for a, n in zip(alpha, sizes, strict=True))
+    close(emodarts.expected_parameters(net), size)
+    (size / 1e6).backward()
+    torch.optim.Adam(twin.alphas(), 3e-4, (0.5, 0.999), weight_decay=1e-3).step()
+    assert architect.step((x, target)) == pytest.approx(loss.item())
+    close(flat(net.alphas()), flat(twin.alphas()))
+
+
+@pytest.mark.parametrize("order, fails_at", [(1, None), (1, 1), (2, None), (2, 1), (2, 2), (2, 3), (2, 4)])
+def test_an_alpha_step_leaves_weights_and_statistics_alone(order, fails_at):
+    """Bit for bit; also one that fails, in any of its passes."""
+    net, passes = used(Network(**SMALL, seq_space="rnn"), batch(4)[0]).train(), []
+    before = copy.deepcopy(net.state_dict())
+
+    def loss(logits, target):
+        passes.append(1)
+        return F.cross_entropy(logits, target if len(passes) != fails_at else None)
+
+    try:
+        Architect(net, loss, order=order).step(batch(4), batch(4), xi=0.1)
+    except TypeError:
+        assert len(passes) == fails_at
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name]) == (fails_at is not None or not name.startswith("alpha.")), name
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_an_alpha_step_leaves_weights_and_statistics_alone(order):
-    net = used(Network(**SMALL), batch(4)[0]).train()
-    before = {name: t.clone() for name, t in net.state_dict().items()}
-    architect = Architect(net, F.cross_entropy, order=order)
-    architect.step(batch(4), batch(4), xi=0.1)
-    for name, t in net.state_dict().items():
-        assert torch.equal(t, before[name]) != name.startswith("alpha."), name
-    assert all(p.grad is None for p in net.parameters())
+def test_two_ranks_find_the_gradient_that_one_process_finds(order):
+    """Each has half of a batch, here the same half, so that the other's summand is one's own. In evaluation mode: in
+    training batch norm normalises by what a rank has of the batch."""
+    net, gradients = sampling(seq_space="rnn").eval(), []
+    net.relaxation = "softmax"
+    halves = [batch(3, dtype=torch.float64) for _ in range(2)]  # validation, training
+    whole = [(x.repeat(2, 1, 1, 1), target.repeat(2)) for x, target in halves]
+    for (val, train), reduce in ((whole, None), (halves, lambda loss, gradient: (2 * loss, [2 * g for g in gradient]))):
+        architect = Architect(net, lambda logits, target: F.cross_entropy(logits, target, reduction="sum") / 6,
+                              order=order, reduce=reduce)
+        loss, gradient = architect.first_order(val) if order == 1 else architect.second_order(val, train, xi=0.1)
+        gradients.append(torch.cat([loss[None], flat(gradient)]))
+    close(*gradients, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("derived", [False, True])
-def test_recomputation_changes_no_bit(derived):
-    genotype, gradients, states, (x, target) = random_genotype() if derived else None, [], [], batch(4)
+@pytest.mark.parametrize("life", ["softmax", "sample", "derived"])
+def test_recomputation_changes_no_bit(life):
+    sizes = dict(SMALL, seq_width=8, **({"genotype": some_genotype()} if life == "derived" else {"relaxation": life}))
+    gradients, states, batches, begun = [], [], [batch(4), batch(4)], Counter()
     for recompute in (False, True):
         torch.manual_seed(3)
-        net = Network(**SMALL, recompute=recompute, genotype=genotype).train()
+        net = Network(**sizes, recompute=recompute).train()
         net.drop_path = 0.2
-        for _ in range(2):
-            net.zero_grad()
+        for edge in (edge for cell in (*net.cnn, *net.seq) for edge in cell.edges.values()):
+            edge.register_forward_pre_hook(lambda *_: begun.update([recompute]))
+        for x, target in batches:
             F.cross_entropy(net(x), target).backward()
-        gradients.append([p.grad for p in net.parameters()])
-        if not derived:
-            architect = Architect(net, F.cross_entropy)
-            gradients[-1] += [*architect.first_order((x, target))[1], *architect.second_order((x, target), (x, target), 0.1)[1]]
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+        if life == "softmax":
+            gradients[-1] += Architect(net, F.cross_entropy, order=2).second_order(*batches, 0.1)[1]
         states.append(net.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and all(torch.equal(states[0][name], t) for name, t in states[1].items())
-    assert int(states[1]["stem.1.num_batches_tracked"]) == 2
-    assert {int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")} == {2}
-
-
-def plain_operation(op, x):
-    """What CNN operations are by definition: a dilated convolution with stride 2 as such, the reducing skip connection as
-    two 1x1 convolutions with stride 2."""
-    modules = [m for m in op if not isinstance(m, emodarts.EvenGrid)] if isinstance(op, nn.Sequential) else [op]
-    for m in modules:
-        if isinstance(m, emodarts.BothGrids):
-            even, odd = (c[:, :, None, None] for c in op[2].weight[:, :, 0, 0].chunk(2))
-            padded = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
-            x = torch.cat([F.conv2d(x, even, stride=2), F.conv2d(padded, odd, stride=2)], dim=1)
-        elif isinstance(m, nn.Conv2d) and len(modules) < len(op):
-            k = m.kernel_size[0]
-            x = F.conv2d(x, m.weight, stride=2, padding=2 * (k // 2), dilation=2, groups=m.groups) if k > 1 else m(x)
-        elif not (isinstance(m, nn.Conv2d) and m.groups == 2 and isinstance(op[1], emodarts.BothGrids)):
-            x = m(x)
-    return x
-
-
-@pytest.mark.parametrize("kind, size", [("normal", (12, 9)), ("reduce", (12, 9)), ("reduce", (7, 16))])
-def test_a_cell_is_its_plain_definition(kind, size):
-    """Node i is the sum over j < i of the softmax-weighted operations on state j, each edge by itself: outputs, gradients."""
-    nodes = 3
-    wiring = [[(j, tuple(CNN_OPS)) for j in range(i)] for i in range(2, nodes + 2)]
-    cell = emodarts.CNNCell(kind, wiring, 6, 6, 4, False, affine=False).double().train()
-    s0, s1 = (torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.randn(sum(range(2, nodes + 2)), len(CNN_OPS), dtype=torch.float64).softmax(1).requires_grad_()
-    leaves = [s0, s1, weight, *cell.parameters()]
-
-    def plain():
-        states, rows = [before(s) for before, s in zip(cell.before, (s0, s1))], iter(weight)
-        for i in range(2, nodes + 2):
-            edges = [(states[j], next(rows), cell.edges[f"{j}_{i}"].ops.values()) for j in range(i)]
-            states.append(sum(w * plain_operation(op, x) for x, row, ops in edges for w, op in zip(row, ops)))
-        return torch.cat(states[2:], dim=1)
-
-    ours, theirs = cell(s0, s1, weight), plain()
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    direction = torch.randn_like(ours)
-    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (ours, theirs)]
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_what_edges_share_is_computed_once_and_counted_once():
-    net, calls = Network(**SMALL), []
-    for m in net.modules():
-        if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
-            m.register_forward_hook(lambda *_: calls.append(1))
-    net.train()(batch(4)[0])
-    assert len(calls) == 3 * 3 * 2  # cells, states with edges, kinds of pooling
-    assert {int(t) for name, t in net.state_dict().items() if name.endswith("num_batches_tracked")} == {1}
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(states[0][name], t) for name, t in states[1].items())
+    assert {int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")} <= {0, 1, 2}
+    assert begun[True] > 1.5 * begun[False]  # it was computed again
 
 
 def test_mixed_precision_keeps_weights_alphas_and_logits_in_float32():
-    net = Network(**SMALL, dropout=0.0).train()
-    x, target = batch(8)
+    net, (x, target) = Network(**SMALL, dropout=0.0).train(), batch(8)
     exact = net(x)
-    loss, gradient = Architect(net, F.cross_entropy).first_order((x, target))
+    _, gradient = Architect(net, F.cross_entropy).first_order((x, target))
     net.amp = True
     rough = net(x)
     _, roughly = Architect(net, F.cross_entropy).first_order((x, target))
-    assert rough.dtype == torch.float32 and all(g.dtype == torch.float32 for g in roughly)
-    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert {t.dtype for t in (rough, *roughly, *net.parameters())} == {torch.float32}
     assert 1e-5 < (rough - exact).abs().max() < 0.1  # bfloat16 has 8 bits: it was used, and it is no other function
     assert F.cosine_similarity(flat(gradient), flat(roughly), dim=0) > 0.9
 
 
-def test_random_genotypes_are_uniform():
-    net, counts = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="rnn_att"), Counter()
-    for _ in range(600):
-        genotype = emodarts.random_genotype(net)
-        counts.update(op for node in genotype.seq for op, _ in node)
-        counts.update([tuple(j for _, j in genotype.seq[1])])
-    assert set(counts) == {"skip_connect", "rnn_att_1", "rnn_att_2", (0, 1), (0, 2), (1, 2)}
-    for name, n in counts.items():  # expected: 2,400 edges over 3 operations, 600 nodes over 3 pairs; 5 standard deviations
-        expected = 200 if isinstance(name, tuple) else 800
-        assert abs(n - expected) < 5 * math.sqrt(expected * 2 / 3)
-
-
-def test_expected_parameters_and_the_penalty():
-    genotype = random_genotype()
-    net = Network(**SMALL)
-    uniform = statistics.mean  # of a uniform softmax: the mean over the operations, summed over the edges
-    with torch.no_grad():
-        for alpha in net.alpha.values():
-            alpha.zero_()
-    by_hand = sum(
-        uniform([sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]) for cell in (*net.cnn, *net.seq) for edge in cell.edges.values()
-    )
-    assert emodarts.expected_parameters(net).item() == pytest.approx(by_hand)
-    # Nothing but the penalty: the alphas move towards fewer weights, in both orders.
-    for order in (1, 2):
-        net = Network(**SMALL)
-        architect = Architect(net, lambda logits, target: 0 * logits.sum(), order=order, lr=0.1, penalty=lambda: emodarts.expected_parameters(net) / 1e6)
-        before = emodarts.expected_parameters(net).item()
-        for _ in range(3):
-            architect.step(batch(4), batch(4), xi=0.01)
-        assert emodarts.expected_parameters(net).item() < 0.95 * before
-
-
-@pytest.mark.parametrize("searched, fixed", [("cnn", "seq"), ("seq", "normal reduce")])
-def test_an_ablation_searches_the_other_cells_only(searched, fixed):
-    net = train.network(train.parse(["--search", searched, "--channels", "2", "--cnn-cells", "3"]), 4)
-    assert set(net.alpha) == {"normal", "reduce", "seq"} - set(fixed.split())
-    given = train.FIXED[searched](2)
-    for genotype in (derive(net), emodarts.random_genotype(net)):
-        for kind in ("normal", "reduce", "seq"):
-            assert (getattr(genotype, kind) == getattr(given, kind)) == (kind in fixed)
-    net.train()(batch(4)[0]).sum().backward()
-    assert all(p.grad is not None for p in net.weights())
-
-
-def test_an_alpha_step_that_fails_leaves_the_weights_alone():
-    net = Network(**SMALL).train()
-    before = [w.clone() for w in net.weights()]
-    calls = []
-
-    def loss(logits, target):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return F.cross_entropy(logits, target)
-
-    with pytest.raises(RuntimeError):
-        Architect(net, loss, order=2).step(batch(4), batch(4), xi=0.1)
-    assert all(torch.equal(w, b) for w, b in zip(net.weights(), before))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Corpora, folds, features
+# features.py
 
+SHORT = Settings(8, 1.0)
 
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
 
+def tree(root, files):
+    """Writes {path below the root: text, bytes or None for an empty file}. -> root"""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    return root
 
-def tone(path, seconds=0.3, rate=16000, frequency=440):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wavfile.write(path, rate, (16000 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.int16))
-    return path
 
+def empty(names, below=""):
+    return {f"{below}{name}": None for name in names}
 
-def labels(listing):
-    return {u.path.name: u.label for u in listing.utterances}
 
-
-def speakers(listing, fold):
-    """(train, validation, test) as sets of speakers."""
-    return tuple({listing.utterances[i].speaker for i in side} for side in (fold.train, fold.validation, fold.test))
-
-
-@pytest.mark.parametrize("depth", ["", "wav", "a/b/wav"])
-def test_emodb(tmp_path, depth):
-    root = tmp_path / depth
-    names = [f"{s}a01{letter}a.wav" for s in ("03", "08", "10") for letter in "WFNTAEL"]
-    touch(*(root / name for name in names), root / "._03a01Wa.wav", root / ".DS_Store", root / "03a02Wb.WAV", root / "notes.wav")
-    four = read_corpus("emodb", tmp_path)
-    assert labels(four)["03a01Wa.wav"] == "angry" and labels(four)["03a02Wb.WAV"] == "angry"
-    assert Counter(u.label for u in four.utterances) == {"angry": 4, "happy": 3, "neutral": 3, "sad": 3}
-    assert [speakers(four, fold) for fold in folds(four)] == [({"10"}, {"08"}, {"03"}), ({"03"}, {"10"}, {"08"}), ({"08"}, {"03"}, {"10"})]
-    everything = read_corpus("emodb", tmp_path, classes="all")
-    assert everything.classes == ("angry", "boredom", "disgust", "fear", "happy", "neutral", "sad")
-    assert labels(everything)["03a01Aa.wav"] == "fear" and len(everything.utterances) == 22
-
-
-def test_ravdess(tmp_path):
-    for copy in ("audio_speech_actors_01-24", "."):  # everything is there twice
-        for actor, emotion in itertools.product(range(1, 25), range(1, 9)):
-            touch(tmp_path / "RAVDESS" / copy / f"Actor_{actor:02}" / f"03-01-{emotion:02}-01-02-01-{actor:02}.wav")
-    touch(tmp_path / "RAVDESS" / "Actor_01" / "03-02-05-01-01-01-01.wav")  # a song
-    four = read_corpus("ravdess", tmp_path)
-    assert Counter(u.label for u in four.utterances) == {"angry": 24, "happy": 24, "neutral": 24, "sad": 24}
-    assert labels(four)["03-01-05-01-02-01-18.wav"] == "angry" and labels(four)["03-01-01-01-02-01-18.wav"] == "neutral"
-    made = folds(four)
-    assert len(made) == 6 and speakers(four, made[0])[1:] == ({"05", "06", "07", "08"}, {"01", "02", "03", "04"})
-    assert speakers(four, made[5])[1:] == ({"01", "02", "03", "04"}, {"21", "22", "23", "24"})
-    assert read_corpus("ravdess", tmp_path, classes="all").classes == (
-        "angry", "calm", "disgust", "fear", "happy", "neutral", "sad", "surprise")  # fmt: skip
-
-
-def test_crema_d(tmp_path):
-    codes = dict(ANG="angry", DIS="disgust", FEA="fear", HAP="happy", NEU="neutral", SAD="sad")
-    for actor, code in itertools.product(range(1001, 1092), codes):
-        touch(tmp_path / "AudioWAV" / f"{actor}_DFA_{code}_XX.wav")
-    touch(tmp_path / "AudioWAV" / "1040_ITH_SAD_X.wav")
-    listing = read_corpus("crema-d", tmp_path, classes="all")
-    assert labels(listing) == {p.name: codes[p.name[9:12]] for p in (tmp_path / "AudioWAV").iterdir()}
-    tested = [speakers(listing, fold)[2] for fold in folds(listing)]
-    assert [(min(s), max(s), len(s)) for s in tested] == [
-        ("1001", "1018", 18), ("1019", "1036", 18), ("1037", "1054", 18), ("1055", "1072", 18), ("1073", "1091", 19)]  # fmt: skip
-
-
-def iemocap(root):
-    codes = ("ang", "hap", "exc", "neu", "sad", "fru", "xxx", "oth")
-    for s in range(1, 6):
-        session = root / f"Session{s}"
-        for dialog in (f"Ses0{s}F_impro04", f"Ses0{s}M_script01_1b"):
-            text = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]", ""]
-            for (n, code), who in itertools.product(enumerate(codes), "FM"):
-                turn = f"{dialog}_{who}{n:03}"
-                touch(session / "sentences/wav" / dialog / f"{turn}.wav", session / "sentences/wav" / dialog / f"._{turn}.wav")
-                text += [f"[6.2901 - 8.2357]\t{turn}\t{code}\t[2.5000, 2.5000, 2.5000]", "C-E2:\tNeutral;\t()", "A-E3:\tval 3; \xe9", ""]
-            touch(session / "dialog/wav" / f"{dialog}.wav", session / "dialog/EmoEvaluation/Categorical" / f"{dialog}_e1_cat.txt")
-            label_file = session / "dialog/EmoEvaluation" / f"{dialog}.txt"
-            label_file.write_bytes("\r\n".join(text).encode("latin-1"))
-            (label_file.parent / f"._{dialog}.txt").write_bytes(b"\x00\x05\x16\x07")
-            touch(session / "dialog/transcriptions" / f"{dialog}.txt")  # the same name as the label file's
-
-
-@pytest.mark.parametrize("depth", ["", "IEMOCAP_full_release", "IEMOCAP_full_release_withoutVideos/IEMOCAP_full_release"])
-def test_iemocap(tmp_path, depth):
-    iemocap(tmp_path / depth)
-    standard = read_corpus("iemocap", tmp_path)
-    assert Counter(u.label for u in standard.utterances) == {"angry": 20, "happy": 40, "neutral": 20, "sad": 20}
-    speaker = {u.path.stem: u.speaker for u in standard.utterances}
-    assert speaker["Ses01F_impro04_M000"] == "1M" and speaker["Ses05M_script01_1b_F003"] == "5F"  # the last letter, not the first
-    assert [speakers(standard, fold)[1:] for fold in folds(standard)] == [
-        ({f"{s % 5 + 1}F", f"{s % 5 + 1}M"}, {f"{s}F", f"{s}M"}) for s in range(1, 6)]  # fmt: skip
-    assert "frustrated" in read_corpus("iemocap", tmp_path, classes="all").classes
-
-    paper = read_corpus("iemocap", tmp_path, protocol="paper")
-    assert Counter(u.label for u in paper.utterances) == dict.fromkeys(features.CLASSES, 10)  # exc and scripts dropped
-    assert all("_impro" in u.path.name for u in paper.utterances)
-    pairs = [{"1M", "2F"}, {"2M", "3F"}, {"3M", "4F"}, {"4M", "5F"}, {"5M", "1F"}]
-    assert [speakers(paper, fold)[2] for fold in folds(paper)] == pairs
-    assert [speakers(paper, fold)[1] for fold in folds(paper)] == pairs[1:] + pairs[:1]
-
-
-def test_labels_without_recordings_are_counted(tmp_path, capsys):
-    iemocap(tmp_path)
-    (tmp_path / "Session3/sentences/wav/Ses03F_impro04/Ses03F_impro04_F000.wav").unlink()
-    assert len(read_corpus("iemocap", tmp_path).utterances) == 99
-    assert "1 of 160 labels have no recording" in capsys.readouterr().err
-    with pytest.raises(InputError, match="1 of 160"):
-        read_corpus("iemocap", tmp_path, strict=True)
-    for path in tmp_path.rglob("*.wav"):
-        path.unlink()
-    with pytest.raises(InputError, match="160 labels, and not one of their recordings"):
-        read_corpus("iemocap", tmp_path)
-
-
-def msp_improv(root, label_file):
-    text, wavs = [], 0
-    for s, who, letter, condition in itertools.product(range(1, 7), "FM", "AHNS", "RST"):
-        stem = f"IMPROV-S01{letter}-{who}{s:02}-{condition}-FM01"
-        touch(root / f"session{s}/S01{letter}/{condition}/MSP-{stem}.wav", root / f"session{s}/S01{letter}/{condition}/MSP-{stem}.avi")
-        rated = {"T": "X", "S": "O", "R": "N"}[condition] if letter == "S" else letter
-        text += [
-            f"UTD-{stem}.avi; {rated}; A:3.333333; V:NaN; D:3.000000 ; N:3.666667;",
-            "WORKER00000001; Angry; Angry,Frustrated; A:3.000000; V:2.000000; D:3.000000; N:4.000000;",
-            "",
-        ]
-        wavs += 1
-    label_file.parent.mkdir(parents=True, exist_ok=True)
-    label_file.write_bytes("\r\n".join(text).encode())
-    return wavs
-
-
-@pytest.mark.parametrize("name", ["Evalution.txt", "Evaluation.txt", "labels/evaluation.TXT", "Labels/Evalution.txt"])
-def test_msp_improv(tmp_path, name):
-    root = tmp_path / "a/MSP-IMPROV"
-    wavs = msp_improv(root / "Audio", root / name)
-    standard = read_corpus("msp-improv", tmp_path)
-    assert Counter(u.label for u in standard.utterances) == {"angry": 36, "happy": 36, "neutral": 48}  # no sad: they were rated otherwise
-    assert standard.classes == features.CLASSES and wavs == 144
-    assert all(u.path.suffix == ".wav" and u.speaker == u.path.stem[16:19] for u in standard.utterances)
-    assert [speakers(standard, fold)[2] for fold in folds(standard)] == [{f"F{s:02}", f"M{s:02}"} for s in range(1, 7)]
-
-    paper = read_corpus("msp-improv", tmp_path, protocol="paper")
-    assert Counter(u.label for u in paper.utterances) == dict.fromkeys(features.CLASSES, 12)  # the intended emotion
-    assert all("-R-" in u.path.name for u in paper.utterances)
-    sides = [speakers(paper, fold) for fold in folds(paper)]
-    assert [(validation, test) for _, validation, test in sides] == [
-        ({f"F{v:02}", f"M{v:02}"}, {f"F{t:02}", f"M{t:02}"}) for t, v in ((1, 2), (2, 3), (3, 4), (5, 6))]  # fmt: skip
-    assert all(len(train) == 8 for train, _, _ in sides)
-
-
-def msp_podcast(root, label_file, validation="Development", each=3):
-    text = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
-    speakers_of = {"Train": (1, 2, "Unknown"), validation: (3,), "Test1": (4, 7, "Unknown"), "Test2": (4, 5, 6)}
-    for k, (split, speaker) in enumerate((split, speaker) for split, them in speakers_of.items() for speaker in them):
-        for code, n in itertools.product("AHNSUFDCOX", range(each)):
-            name = f"MSP-PODCAST_{k:04}_{ord(code):02}{n:03}.wav"
-            touch(root / f"part{k % 2}" / name)
-            text.append(f"{name},{code},2.2,4.0,2.6,{speaker},Male,{split}")
-    touch(root / "MSP-PODCAST_test3_0001.wav", root / "._MSP-PODCAST_0000_6500.wav")  # no row
-    text.append("MSP-PODCAST_test3_0002.wav,N,2.2,4.0,2.6,9,Male,Test3")
-    label_file.parent.mkdir(parents=True, exist_ok=True)
-    label_file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(text).encode())
-
-
-@pytest.mark.parametrize(
-    "name, audio, validation",
-    [("Labels/labels_consensus.csv", "Audios", "Development"), ("Labels/Labels_Concensus.csv", "Audio", "Validation"),
-     ("labels_concensus.csv", "Audios", "Validation"), ("labels_consensus.csv", "Audio", "Development")],
-)  # fmt: skip
-def test_msp_podcast(tmp_path, name, audio, validation):
-    root = tmp_path / "MSP-PODCAST-Publish-1.11"
-    msp_podcast(root / audio, root / name, validation)
-    standard = read_corpus("msp-podcast", tmp_path)
-    assert Counter(u.label for u in standard.utterances) == dict.fromkeys(features.CLASSES, 30)
-    test1, test2 = folds(standard)
-    assert (test1.train, test1.validation) == (test2.train, test2.validation)
-    assert speakers(standard, test1) == ({"1", "2", "Unknown"}, {"3"}, {"4", "7", "Unknown"})
-    assert speakers(standard, test2)[2] == {"4", "5", "6"}
-    store = SimpleNamespace(seconds=np.ones(120), features=np.ones(120), bad={})
-    said = "\n".join(features.describe(standard, folds(standard), store))
-    assert "speakers  7: 1, 2, 3, 4, 5, 6, 7\n" in said and "unknown   24 utterances" in said
-    assert len(read_corpus("msp-podcast", tmp_path, classes="all").classes) == 8
-
-    paper = read_corpus("msp-podcast", tmp_path, protocol="paper")
-    assert {u.speaker for u in paper.utterances} == {"1", "2", "4", "5", "6", "7"}  # neither Unknown nor Development
-
-
-def test_msp_podcast_speakers_of_two_sets_stay_in_the_test_set(tmp_path, capsys):
-    msp_podcast(tmp_path / "Audio", tmp_path / "labels_consensus.csv")
-    text = (tmp_path / "labels_consensus.csv").read_text()
-    # Speaker 4, of both test sets, also trains; speaker 3, who validates, as well.
-    (tmp_path / "labels_consensus.csv").write_text(text.replace(",1,Male,Train", ",4,Male,Train", 5).replace(",2,Male,Train", ",3,Male,Train", 6))
-    listing = read_corpus("msp-podcast", tmp_path)
-    left_out = sum(f",{c},2.2,4.0,2.6,{s},Male,Train" in line for line in (tmp_path / "labels_consensus.csv").read_text().splitlines() for c in "AHNS" for s in (3, 4))
-    assert left_out > 5 and f"warning: msp-podcast: {left_out} utterances" in capsys.readouterr().err
-    for fold in folds(listing):
-        train, validation, test = (side - {"Unknown"} for side in speakers(listing, fold))
-        assert not train & validation and not train & test and not validation & test and train == {"1", "2"}
-
-
-def test_msp_podcast_paper_is_five_equal_groups_and_never_too_large(tmp_path, monkeypatch):
-    text = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
-    for n in range(600):
-        touch(tmp_path / "Audios" / f"MSP-PODCAST_{n:04}.wav")
-        text.append(f"MSP-PODCAST_{n:04}.wav,{'AHNS'[n % 4]},1,1,1,{n % 40},Male,{('Train', 'Test1', 'Test2')[n % 40 % 3]}")
-    (tmp_path / "labels_consensus.csv").write_text("\n".join(text))
-    monkeypatch.setattr(features.random, "random", None)  # nothing global is drawn from
-    listing = read_corpus("msp-podcast", tmp_path, protocol="paper")
-    made = folds(listing)
-    assert [len(fold.test) for fold in made] == [120] * 5 and [len(fold.train) for fold in made] == [360] * 5
-    smaller = replace(CORPORA["msp-podcast"], paper=features.Protocol(features.paper_msp_podcast, at_most=100))
-    monkeypatch.setitem(CORPORA, "msp-podcast", smaller)
-    thinned = folds(listing)
-    assert thinned == folds(listing)
-    for whole, thin in zip(made, thinned):
-        assert [len(side) for side in (thin.train, thin.validation, thin.test)] == [100] * 3
-        assert set(thin.train) < set(whole.train) and set(thin.test) < set(whole.test)
-
-
-def test_a_seventh_corpus_is_a_function_and_a_row(tmp_path, monkeypatch):
-    def index(root):
-        for path in features.below(root, r"\w_\w\.wav"):
-            yield features.Utterance(path, path.stem[2], path.stem[0], group=path.stem[0])
-
-    touch(*(tmp_path / f"{speaker}_{code}.wav" for speaker in "PQR" for code in "hsx"))
-    monkeypatch.setitem(CORPORA, "seventh", features.Corpus(index, "free", "files named like P_h.wav", {"h": "happy", "s": "sad"}))
-    listing = read_corpus("seventh", tmp_path)
-    assert len(listing.utterances) == 6 and len(folds(listing)) == 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One's own corpus
-
-
-def own(tmp_path, header, *rows):
-    for row in rows:
-        tone(tmp_path / "sounds" / row.split(",")[0].removeprefix("sounds/")) if ".wav" in row else None
-    path = tmp_path / "mine.csv"
-    path.write_text("\n".join([header, *rows]) + "\n")
-    return path
-
-
-def test_csv_leaves_one_speaker_out(tmp_path):
-    rows = [f"sounds/{s}{label}.wav,{label},{s}" for s in "abc" for label in ("zen", "awe")]
-    listing = read_corpus("csv", own(tmp_path, "path,label,speaker", *rows))
-    assert listing.classes == ("awe", "zen") and listing.root == tmp_path
-    assert [speakers(listing, fold) for fold in folds(listing)] == [({"c"}, {"b"}, {"a"}), ({"a"}, {"c"}, {"b"}), ({"b"}, {"a"}, {"c"})]
-
-
-def test_csv_of_many_speakers_has_five_folds(tmp_path):
-    rows = [f"sounds/{s}_{n}.wav,{'xy'[n % 2]},{s}" for s in range(12) for n in range(s + 1)]
-    listing = read_corpus("csv", own(tmp_path, "path,label,speaker", *rows))
-    sizes = [len(fold.test) for fold in folds(listing)]
-    assert len(sizes) == 5 and sum(sizes) == 78 and max(sizes) - min(sizes) <= 4
-
-
-def test_csv_with_an_official_split(tmp_path):
-    rows = [f"sounds/{s}{label}.wav,{label},{s},{split}" for s, split in zip("abc", ("train", "validation", "test")) for label in "xy"]
-    listing = read_corpus("csv", own(tmp_path, "path,label,speaker,split", *rows))
-    assert [speakers(listing, fold) for fold in folds(listing)] == [({"a"}, {"b"}, {"c"})]
-    listing = read_corpus("csv", own(tmp_path, "path,label,speaker,split", *rows, "sounds/d.wav,x,a,test"))
-    with pytest.raises(InputError, match="speaker a is in train and in test"):
-        folds(listing)
-    listing = read_corpus("csv", own(tmp_path, "path,label,speaker,split", *rows[:4]))
-    with pytest.raises(InputError, match="found 2 part.*: train, validation; a fold needs three"):
-        folds(listing)
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("path,label\na.wav,x\n", "no column speaker"),
-        ("", "no column path, label, speaker; found nothing"),
-        ("path,label,speaker\ngone.wav,x,1\n", "names 1 files that are not there: gone.wav"),
-        ("path,label,speaker\ngone.wav,,1\n", "gone.wav has no label"),
-        ("path,label,speaker,split\na.wav,x,1,dev\n", "unknown split 'dev' of a.wav; known: train, validation, test"),
-        ("path,label,speaker\n", "has a header and no row"),
-    ],
-)
-def test_csv_errors(tmp_path, text, said):
-    (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(InputError) as error:
-        read_corpus("csv", tmp_path / "mine.csv")
-    assert said in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counts and messages
-
-
-def test_counts_are_compared(tmp_path, capsys):
-    tree = [f"{n // 20 + 3:02}a{n % 20:02}{letter}a.wav" for letter, many in zip("WFNT", (127, 71, 79, 62)) for n in range(many)]
-    touch(*(tmp_path / "wav" / name for name in tree))
-    read_corpus("emodb", tmp_path, strict=True)  # the four-class part
-    assert capsys.readouterr().err == ""
-    (tmp_path / "wav" / tree[0]).unlink()
-    assert len(read_corpus("emodb", tmp_path).utterances) == 338
-    said = capsys.readouterr().err
-    assert "found 126 angry" in said and "expected 127 angry" in said
-    with pytest.raises(InputError, match="found 126 angry.*expected 127 angry"):
-        read_corpus("emodb", tmp_path, strict=True)
-
-
-def test_each_known_version_of_msp_podcast_fits(tmp_path, monkeypatch):
-    msp_podcast(tmp_path / "Audios", tmp_path / "labels_consensus.csv")
-    splits = {"train": 90, "validation": 30, "test1": 90, "test2": 90}
-    versions = {"four": {k: n * 4 // 10 for k, n in splits.items()}, "any": {f"{k} of any label": n for k, n in splits.items()}}
-    for version, numbers in versions.items():
-        expected = {"other": {"train": 1}, version: numbers}
-        monkeypatch.setitem(CORPORA, "msp-podcast", replace(CORPORA["msp-podcast"], expected=expected))
-        read_corpus("msp-podcast", tmp_path, strict=True)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--dataset", "iemocop"], "'iemocop'; known: smoke, emodb, ravdess, crema-d, iemocap, msp-improv, msp-podcast, csv"),
-        (["--dataset", "iemocap"], "it holds strange.txt); looked for folders Session1 to Session5"),
-        (["--dataset", "emodb", "--root", "nowhere"], "no such folder"),
-        (["--dataset", "ravdess", "--protocol", "paper"], "these have: iemocap, msp-improv, msp-podcast"),
-        (["--dataset", "emodb", "--protocol", "papers"], "known: standard, paper"),
-        (["--dataset", "emodb", "--classes", "five"], "known: four, all"),
-        (["--dataset", "csv"], "no file"),
-        (["--workers", "0"], "expected at least 1"),
-    ],
-)
-def test_input_errors_are_one_line(tmp_path, capsys, arguments, said):
-    touch(tmp_path / "strange.txt")
-    assert features.main(["--root", str(tmp_path), *arguments]) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_index_as_json(tmp_path, capsys):
-    for s, letter in itertools.product((3, 8, 9), "WT"):
-        tone(tmp_path / "wav" / f"{s:02}a01{letter}a.wav")
-    arguments = {"--dataset": "emodb", "--root": tmp_path, "--cache": tmp_path / "c", "--json": tmp_path / "i.json"}
-    assert features.main([str(part) for pair in arguments.items() for part in pair]) == 0
-    index = json.loads((tmp_path / "i.json").read_text())
-    assert index["dataset"] == "emodb" and len(index["utterances"]) == 6
-    assert {"path": "wav/08a01Ta.wav", "label": "sad", "speaker": "08", "fold": 1}.items() <= index["utterances"][2].items()
-    assert "corpus    found 3 angry" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Audio
-
-
-def riff(kind, channels, rate, bits, data, extensible=False, extra=False):
+def riff(x, kind=1, bits=16, channels=1, rate=16000, extensible=False, extra=False):
+    """A wav file of samples, or of bytes as they are."""
+    if kind == 3 and not isinstance(x, bytes):
+        x = x.astype(f"<f{bits // 8}").tobytes()
+    elif not isinstance(x, bytes):  # whole numbers, of which the lower bytes come first; 8 bits have no sign
+        whole = np.round(x * 2.0 ** (bits - 1) + (128 if bits == 8 else 0)).astype("<i8")
+        x = whole.view(np.uint8).reshape(-1, 8)[:, : bits // 8].tobytes()
     block = channels * bits // 8
     form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * block, block, bits)
     if extensible:
         form += struct.pack("<HHIH", 22, bits, 0, kind) + b"\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"
-    chunks = [(b"fmt ", form), (b"data", data)]
+    chunks = [(b"fmt ", form), (b"data", x)]
     if extra:
         chunks = [(b"JUNK", b"\0" * 28), chunks[0], (b"LIST", b"INFOabc\0"), chunks[1], (b"LIST", b"INFO")]
     body = b"".join(name + struct.pack("<I", len(part)) + part + b"\0" * (len(part) % 2) for name, part in chunks)
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
 
 
-def encode(x, kind, bits):
-    if kind == 3:
-        return x.astype(f"<f{bits // 8}").tobytes()
-    if bits == 8:
-        return np.round(x * 128 + 128).astype(np.uint8).tobytes()
-    whole = np.round(x * 2.0 ** (bits - 1)).astype("<i8")
-    return whole.view(np.uint8).reshape(-1, 8)[:, : bits // 8].tobytes()  # little-endian: the lower bytes
+def tone(seconds=0.3, frequency=440):
+    return riff(0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * 16000)) / 16000))
 
 
+def speakers(listing, fold):
+    """Of training, validation and each test set."""
+    return [{listing.utterances[i].speaker for i in members} for _, members in fold.sides()]
+
+
+def check(root, dataset, wanted, groups, tested=None, **choice):
+    """-> Listing of {name: label}, where that is a class; in its folds the groups test and the next one validates."""
+    listing = read_corpus(dataset, root, **choice)
+    known = {*wanted.values()} if choice.get("classes") == "all" or dataset == "csv" else features.CLASSES
+    assert {u.path.name: u.label for u in listing.utterances} == {n: c for n, c in wanted.items() if c and c in known}
+    turns = [(groups[k], groups[(k + 1) % len(groups)]) for k in tested or range(len(groups))]
+    sides = [[set().union(*groups) - test - validation, validation, test] for test, validation in turns]
+    assert [speakers(listing, fold) for fold in folds(listing)] == sides
+    return listing
+
+
+WORDS = [b",", b";", b"\t", b"\n", b"\r", b'"', b"\0", b"A" * 5000, b'"' + b"x" * 140_000, b"/", b"..", b"Train", b"[",
+         b"\xd9\xa3", b"\xc5\xbf", b"Unknown"]
+
+
+def feed(path, many, use, tokens=WORDS, answers="used refused"):
+    """Writes mutants of a file: bits changed, cut, repeated, numbers at their limits, tokens that its format knows.
+    Each is used or refused within 5 s, with all of these answers."""
+    random, content, found = np.random.default_rng(0), path.read_bytes(), set()
+    for k in range(many):
+        mutant = bytearray(content)
+        for _ in range(random.integers(0, 5) if k else 0):
+            at, n = int(random.integers(len(mutant) + 1)), int(random.integers(1, 9))
+            new = [bytes(random.integers(0, 256, n, dtype=np.uint8)), bytes(mutant[:at][-50:]), b"\xff" * n, b"\0" * n]
+            new += [b"", b"\x7f\xff\xff\xff"] + [tokens[random.integers(len(tokens))]] * 3
+            mutant[at : at + n * int(random.integers(2))] = new[random.integers(len(new))]
+            mutant = mutant[: at if random.integers(8) == 0 else None]
+        path.write_bytes(mutant)
+        started = time.perf_counter()
+        try:
+            use()
+            found.add("used")
+        except InputError:
+            found.add("refused")
+        assert time.perf_counter() - started < 5, mutant
+    assert found == set(answers.split())
+
+
+def divide(*arguments, protocols=("standard", "paper")):
+    return [folds(read_corpus(*arguments, "all", protocol)) for protocol in protocols]
+
+
+# Corpora -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
+def test_free_corpora(tmp_path, depth):
+    codes = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
+    emodb = {f"{s}a01{e}a.WAV": codes[e] for s in ("03", "08", "10") for e in codes}
+    names = "neutral calm happy sad angry fear disgust surprise".split()
+    ravdess = {f"03-01-0{n}-01-02-01-{a:02}.wav": name for a in range(1, 25) for n, name in enumerate(names, start=1)}
+    codes = dict(ANG="angry", DIS="disgust", FEA="fear", HAP="happy", NEU="neutral", SAD="sad")
+    crema = {f"{a}_DFA_{code}_XX.wav": codes[code] for a in range(1001, 1092) for code in codes}
+    ends = [(1001, 1018), (1019, 1036), (1037, 1054), (1055, 1072), (1073, 1091)]
+    codes = dict(anger="angry", fear="fear", happiness="happy", neutral="neutral", sadness="sad", surprised="surprise")
+    nemo = {f"{s}_{code}_{n}.wav": codes[code] for s in ("EB0", "IC0", "WR0") for code in codes for n in "12"}
+    table = [f'{n}\t{n.split("_")[1]}\t"Tak\ttak\t        {n[:3]}\tmale\t23\r\n' for n in [*nemo, "WR0_fear_9.wav"]]
+    table = "file_id\temotion\traw_text\tnormalized_text\tspeaker_id\tgender\tage\r\n" + "".join(table)
+    for dataset, wanted, groups in (
+        ("emodb", emodb, [{"03"}, {"08"}, {"10"}]),
+        ("ravdess", ravdess, [{f"{k + a:02}" for a in range(4)} for k in range(1, 25, 4)]),
+        ("crema-d", crema, [{str(a) for a in range(first, last + 1)} for first, last in ends]),
+        ("nemo", nemo, [{"EB0"}, {"IC0"}, {"WR0"}]),
+    ):
+        others = ["._" + min(wanted), ".DS_Store", "notes.wav", "03-02-05-01-01-01-01.wav", "x_anger_1.wav"]
+        files = empty([*wanted, *others], f"{depth}samples/") | {f"{depth}data.tsv": table}
+        root = tree(tmp_path / dataset, files | empty(wanted, f"{depth}samples/again/"))
+        assert check(root, dataset, wanted, groups, classes="all").classes == tuple(sorted({*wanted.values()}))
+        listing = check(root, dataset, wanted, groups)
+        fold = folds(listing)[0]
+        assert [fold.name] == [*fold.tests] and fold.name in next(features.describe_folds(listing, [fold]))
+
+
+@pytest.mark.parametrize("depth", ["", "IEMOCAP", "IEMOCAP_full_release_withoutVideos/IEMOCAP_full_release"])
+def test_iemocap(tmp_path, capsys, depth):
+    files, wanted, paper = {}, {}, {}
+    codes = dict(ang="angry", hap="happy", exc="happy", neu="neutral", sad="sad", fru="frustrated", xxx=None, oth=None)
+    for s, dialog in product("12345", ("F_impro04", "M_script01_1b")):
+        session, dialog, text = f"Session{s}", f"Ses0{s}{dialog}", ["% [START_TIME - END_TIME] TURN_NAME EMOTION"]
+        for (n, code), who in product(enumerate(codes), "FM"):
+            turn = f"{dialog}_{who}{n:03}"
+            text += [f"[6.2901 - 8.2357]\t{turn}\t{code}\t[2.5000, 2.5000, 2.5000]", "C-E2:\tNeutral;\t()", "\xe9", ""]
+            files |= empty([f"{turn}.wav", f"._{turn}.wav"], f"{session}/sentences/wav/{dialog}/")
+            wanted[f"{turn}.wav"] = codes[code]
+            paper[f"{turn}.wav"] = codes[code] if "impro" in dialog and code != "exc" else None
+        files |= empty([f"wav/{dialog}.wav", f"EmoEvaluation/Categorical/{dialog}_e1.txt"], f"{session}/dialog/")
+        files |= {f"{session}/dialog/transcriptions/{dialog}.txt": None}  # the label file's name
+        files |= {f"{session}/dialog/EmoEvaluation/._{dialog}.txt": b"\x00\x05\x16\x07"}
+        files |= {f"{session}/dialog/EmoEvaluation/{dialog}.txt": "\r\n".join(text).encode("latin-1")}
+    root = tree(tmp_path / depth, files)
+    sessions, pairs = [{f"{s}F", f"{s}M"} for s in range(1, 6)], [{f"{s}M", f"{s % 5 + 1}F"} for s in range(1, 6)]
+    check(tmp_path, "iemocap", wanted, sessions, classes="all")
+    standard = check(tmp_path, "iemocap", wanted, sessions)
+    assert all(u.speaker == u.path.name[4] + u.path.stem[-4] for u in standard.utterances)  # the last letter
+    check(tmp_path, "iemocap", paper, pairs, protocol="paper")
+    (root / "Session3/sentences/wav/Ses03F_impro04/Ses03F_impro04_F000.wav").unlink()
+    assert len(read_corpus("iemocap", tmp_path).utterances) == 99
+    assert "1 of 160 labels have no recording" in capsys.readouterr().err
+    with pytest.raises(InputError, match="1 of 160 labels"):
+        read_corpus("iemocap", tmp_path, strict=True)
+    labels = root / "Session1/dialog/EmoEvaluation/Ses01F_impro04.txt"
+    feed(labels, 20, lambda: divide("iemocap", tmp_path), answers="used")
+
+
+@pytest.mark.parametrize("name", ["Evalution.txt", "Evaluation.txt", "labels/evaluation.TXT", "Labels/Evalution.txt"])
+def test_msp_improv(tmp_path, name):
+    files, text, rated, read = {}, [], {}, {}
+    codes = dict(A="angry", H="happy", N="neutral", S="sad", X=None, O=None)
+    for s, who, letter, condition in product(range(1, 7), "FM", "AHNS", "RST"):
+        stem = f"IMPROV-S01{letter}-{who}{s:02}-{condition}-FM01"
+        files |= empty([f"MSP-{stem}.wav", f"MSP-{stem}.avi"], f"Audio/session{s}/S01{letter}/{condition}/")
+        heard = {"T": "X", "S": "O", "R": "N"}[condition] if letter == "S" else letter
+        text += [f"UTD-{stem}.avi; {heard}; A:3.333333; V:NaN; D:3.000000 ; N:3.666667;"]
+        text += ["WORKER00000001; Angry; Angry,Frustrated; A:3.000000; V:2.000000; D:3.000000; N:4.000000;", ""]
+        rated[f"MSP-{stem}.wav"] = codes[heard]
+        read[f"MSP-{stem}.wav"] = codes[letter] if condition == "R" else None  # the intended emotion of what was read
+    root = tree(tmp_path / "a/MSP-IMPROV", files | {name: "\r\n".join(text)})
+    sessions = [{f"F{s:02}", f"M{s:02}"} for s in range(1, 7)]
+    assert check(tmp_path, "msp-improv", rated, sessions).classes == features.CLASSES  # four, though nobody is sad
+    check(tmp_path, "msp-improv", read, sessions, tested=(0, 1, 2, 4), protocol="paper")
+    feed(root / name, 20, lambda: divide("msp-improv", tmp_path))
+
+
+def msp_podcast(label_file="labels_consensus.csv", audio="Audios", validation="Development"):
+    text = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
+    files = empty(["MSP-PODCAST_test3_0001.wav", "._MSP-PODCAST_0000_6500.wav"], f"{audio}/")
+    splits = ["Train"] * 3 + [validation] + ["Test1"] * 3 + ["Test2"] * 3
+    for k, (split, speaker) in enumerate(zip(splits, (1, 2, "Unknown", 3, 4, 7, "Unknown", 4, 5, 6))):
+        for code, n in product("AHNSUFDCOX", range(3)):
+            name = f"MSP-PODCAST_{k:04}_{ord(code):02}{n:03}.wav"
+            files[f"{audio}/part{k % 2}/{name}"] = None
+            text.append(f"{name},{code},2.2,4.0,2.6,{speaker},Male,{split}")
+    text.append("MSP-PODCAST_test3_0002.wav,N,2.2,4.0,2.6,9,Male,Test3")
+    return files | {label_file: b"\xef\xbb\xbf" + "\r\n".join(text).encode()}
+
+
+@pytest.mark.parametrize(
+    "name, audio, validation",
+    [("Labels/labels_consensus.csv", "Audios", "Development"), ("Labels/Labels_Concensus.csv", "Audio", "Validation"),
+     ("labels_concensus.csv", "Audios", "Validation"), ("labels_consensus.csv", "Audio", "Development")],
+)
+def test_msp_podcast(tmp_path, capsys, name, audio, validation):
+    table = tree(tmp_path / "a", msp_podcast(name, audio, validation)) / name
+    standard = read_corpus("msp-podcast", tmp_path)
+    assert Counter(u.label for u in standard.utterances) == dict.fromkeys(features.CLASSES, 30)
+    assert len(read_corpus("msp-podcast", tmp_path, classes="all").classes) == 8
+    (fold,) = folds(standard)  # one, as the two test sets are tested with one training
+    assert [*fold.tests] == ["test1", "test2"] and fold.name == "test1, test2"
+    assert speakers(standard, fold) == [{"1", "2", "Unknown"}, {"3"}, {"4", "7", "Unknown"}, {"4", "5", "6"}]
+    said = "\n".join(features.describe(standard, [fold], features.Store(None, np.arange(121), np.ones(120), {})))
+    assert "speakers  7: 1, 2, 3, 4, 5, 6, 7\n" in said and "unknown   24 utterances" in said
+    assert "test1 4, 7, Unknown (36), test2 4, 5, 6 (36), validation 3 (12), training 36" in said
+
+    # Of those who train, let speaker 1 be 4 now and then, who also tests, and 2 be 3, who validates.
+    text = table.read_text().replace(",1,Male,Train", ",4,Male,Train", 5).replace(",2,Male,Train", ",3,Male,Train", 6)
+    table.write_text(text)
+    listing, left_out = read_corpus("msp-podcast", tmp_path), len(re.findall(r",[AHNS],.*,[34],Male,Train", text))
+    assert left_out > 5 and f"warning: msp-podcast: {left_out} utterances" in capsys.readouterr().err
+    assert speakers(listing, folds(listing)[0])[:2] == [{"1", "2", "Unknown"}, {"3"}]
+    feed(table, 30, lambda: divide("msp-podcast", tmp_path))
+
+
+def test_msp_podcast_paper(tmp_path, monkeypatch):
+    """Pools what is not for validation; no side has more utterances than it may, drawn without any global state."""
+    monkeypatch.setattr(features.random, "random", None)
+    listing = read_corpus("msp-podcast", tree(tmp_path, msp_podcast()), protocol="paper")
+    whole = folds(listing)
+    assert [fold.name for fold in whole] == ["1", "2", "4", "5", "6", "7"]  # neither Unknown nor Development
+    monkeypatch.setitem(CORPORA, "msp-podcast", replace(CORPORA["msp-podcast"], at_most=7))
+    assert folds(listing) == folds(listing)
+    for before, after in zip(whole, folds(listing)):
+        for (_, everyone), (_, some) in zip(before.sides(), after.sides()):
+            assert len(some) == 7 and set(some) < set(everyone) and some != everyone[:11]
+
+
+def test_another_corpus_is_a_function_and_a_row(tmp_path, monkeypatch):
+    def index(root):
+        """Files named like P_h.wav (mine)."""
+        for path in features.below(root, r".+_\w\.wav"):
+            yield Utterance(path, path.stem[-1], path.stem[-3], group=path.stem[-3])
+
+    monkeypatch.setitem(CORPORA, "another", features.Corpus(index, {"h": "happy", "s": "sad"}))
+    with pytest.raises(InputError, match=r"found 0 labels, and no file\); looked for: Files named like P_h.wav \(mine"):
+        read_corpus("another", tmp_path)
+    tree(tmp_path, empty(f"{s}_{code}.wav" for s in ("P", "Q", "R", ".git/P", "._P") for code in "hsx"))
+    check(tmp_path, "another", {f"{s}_{c[0]}.wav": c for s in "PQR" for c in ("happy", "sad")}, [{"P"}, {"Q"}, {"R"}])
+
+
+def test_csv(tmp_path):
+    wanted = {f"{s}{label}.wav": label for s in "abc" for label in ("zen", "awe")}
+    rows = [f"sounds/{name},{label},{name[0]}" for name, label in wanted.items()]
+    many = [f"{s}_{n}.wav,{'xy'[n % 2]},{s}" for s in range(12) for n in range(s + 1)]
+    tree(tmp_path, empty(row.split(",")[0] for row in rows + many))
+    file = tree(tmp_path, {"mine.csv": "\n".join(["path,label,speaker", *rows])}) / "mine.csv"
+    few = check(file, "csv", wanted, [{"a"}, {"b"}, {"c"}])
+    assert few.classes == ("awe", "zen") and few.root == tmp_path and few.name(few.utterances[0]) == "sounds/aawe.wav"
+    feed(file, 200, lambda: divide("csv", file, protocols=["standard"]))
+    file.write_text("\n".join(["path,label,speaker", *many]))
+    sizes = [len(fold.tests[fold.name]) for fold in folds(read_corpus("csv", file))]
+    assert len(sizes) == 5 and sum(sizes) == 78 and max(sizes) - min(sizes) <= 4
+
+
+SPLIT = "".join(f"{s}.wav,{n},{s},{split}\n" for s, split in zip("abc", ("train", "validation", "test")) for n in "xy")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("path,label\na.wav,x\n", "has the columns path,label; expected path,label,speaker"),
+     ("", "has the columns (none)"), ("path,label,speaker\n", "has a header and no row"),
+     ("path,label,speaker\ngone.wav,x,1\n", "names 1 files that are not in"),
+     ("path,label,speaker\ngone.wav,,1\n", "gone.wav has no label"),
+     (SPLIT + "a.wav,x,a,test\n", "fold 0: speaker a is in train and in test"),
+     (SPLIT + "a.wav,x,b,train\n", "fold 0: speaker b is in train and in validation"),
+     (SPLIT + "a.wav,x,c,Validation\n", "fold 0: speaker c is in validation and in test"),
+     (SPLIT + "a.wav,x,d,dev\n", "unknown split 'dev' of a.wav; known: train, validation, test"),
+     (SPLIT.replace("test", "train"), "found 2 part(s): train, validation; a fold needs three"), (SPLIT, "fine")],
+)
+def test_csv_errors(tmp_path, text, said):
+    text = "path,label,speaker,split\n" + text if text.startswith("a.wav") else text
+    file = tree(tmp_path, empty(["a.wav", "b.wav", "c.wav"]) | {"mine.csv": text}) / "mine.csv"
+    with pytest.raises(InputError, match=re.escape(said)):
+        listing = read_corpus("csv", file)
+        assert [speakers(listing, fold) for fold in folds(listing)] == [[{"a"}, {"b"}, {"c"}]]
+        raise InputError("fine")
+
+
+def test_counts_are_compared(tmp_path, capsys, monkeypatch):
+    counts = zip("WFNT", (127, 71, 79, 62))
+    names = [f"wav/{n // 20 + 3:02}a{n % 20:02}{letter}a.wav" for letter, many in counts for n in range(many)]
+    read_corpus("emodb", tree(tmp_path, empty(names)), strict=True)  # the four-class part
+    assert capsys.readouterr().err == ""
+    (tmp_path / names[0]).unlink()
+    assert len(read_corpus("emodb", tmp_path).utterances) == 338
+    assert re.search("^warning: emodb: found 126 angry.*expected 127 angry", capsys.readouterr().err)
+    with pytest.raises(InputError, match="found 126 angry.*expected 127 angry"):
+        read_corpus("emodb", tmp_path, strict=True)
+    tree(tmp_path, msp_podcast())
+    for version in ({"train": 36, "test2": 36}, {"all train": 90, "all validation": 30, "all test1": 90}):
+        row = replace(CORPORA["msp-podcast"], counts=({"train": 1}, version))
+        monkeypatch.setitem(CORPORA, "msp-podcast", row)
+        read_corpus("msp-podcast", tmp_path, strict=True)  # is compared with the version that is nearest
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [("--dataset iemocop", f"'iemocop'; known: {', '.join(CORPORA)}"), ("--classes five", "known: four, all"),
+     ("--dataset iemocap", "and strange.txt); looked for: Folders Session1 to Session5"), ("--dataset csv", "no file"),
+     ("--dataset emodb --root nowhere", "no such folder"), ("--protocol papers", "known: standard, paper"),
+     ("--dataset ravdess --protocol paper", "these have: iemocap, msp-improv, msp-podcast")],
+)
+def test_input_errors_are_one_line(tmp_path, capsys, arguments, said):
+    assert features.main(["--root", str(tree(tmp_path, {"strange.txt": None})), *arguments.split()]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+# Sounds and features -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
-@pytest.mark.parametrize("extensible, extra", [(False, False), (True, False), (False, True)])
-def test_every_sample_format_is_read(tmp_path, kind, bits, extensible, extra):
-    x = 0.5 * np.sin(np.arange(1601) / 20)
-    (tmp_path / "a.wav").write_bytes(riff(kind, 1, 16000, bits, encode(x, kind, bits), extensible, extra))
-    samples = features.read_wav(tmp_path / "a.wav")
-    assert samples.dtype == np.float32 and np.abs(samples - x).max() <= max(2.0**-bits, 1e-7)
+@pytest.mark.parametrize("form", [{}, {"extensible": True}, {"extra": True}])
+def test_every_wav_is_read_as_16_khz_mono_and_its_header_tells_the_windows(tmp_path, kind, bits, form):
+    rates = [(16000, 800), (16000, 8000), (16000, 8001)] + [(rate, rate) for rate in (8000, 22050, 24000, 44100, 48000)]
+    for channels, (rate, length) in product((1, 2, 5), rates):
+        x = np.sin(2 * np.pi * 500 * np.arange(length) / rate)
+        several = np.stack([0.1 * (k + 1) * x for k in range(channels)], axis=1).ravel()
+        path = tree(tmp_path, {"a.wav": riff(several, kind, bits, channels, rate, **form)}) / "a.wav"
+        samples, whole = features.read_wav(path), rate == 16000
+        assert samples.dtype == np.float32 and len(samples) == length * 16000 / rate
+        expected = 0.05 * (channels + 1) * np.sin(2 * np.pi * 500 * np.arange(len(samples)) / 16000)
+        difference, bound = np.abs(samples - expected), max(2.0**-bits, 1e-7)
+        assert difference.max() <= bound if whole else difference[200:-200].max() < bound + 2e-3
+        counted, seconds = features.lengths(Listing("", "", tmp_path, (), [Utterance(path, "a", "s")], ""), 0.5)
+        assert counted == len(features.windows(samples, Settings(window=0.5))) and seconds == length / rate
 
 
-@pytest.mark.parametrize("channels", [2, 5])
-@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
-def test_channels_and_rates(tmp_path, channels, rate):
-    t = np.arange(rate) / rate
-    x = np.stack([k * 0.1 * np.sin(2 * np.pi * 500 * t) for k in range(channels)], axis=1)
-    (tmp_path / "a.wav").write_bytes(riff(1, channels, rate, 24, encode(x.ravel(), 1, 24)))
-    samples = features.read_wav(tmp_path / "a.wav")
-    expected = 0.1 * (channels - 1) / 2 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)
-    assert len(samples) == 16000 and np.abs(samples - expected)[200:-200].max() < 2e-3
+def test_mutated_sounds_are_used_or_refused_without_much_memory(tmp_path):
+    def hear():
+        samples = features.read_wav(tmp_path / "a.wav")
+        assert samples.dtype == np.float32 and samples.ndim == 1 and np.isfinite(samples).all()
+
+    tokens = [b"RF64", b"RIFX", b"data", b"fmt ", b"ds64", struct.pack("<II", 2**32 - 1, 999_983), b"\0\0"]
+    tracemalloc.start()
+    for kind, bits, extensible in ((1, 8, False), (1, 16, True), (1, 24, False), (3, 32, True), (3, 64, False)):
+        sound = riff(np.sin(np.arange(42)) / 2, kind, bits, 1 + bits // 32, 16000, extensible, not extensible)
+        feed(tree(tmp_path, {"a.wav": sound}) / "a.wav", 160, hear, tokens)
+    assert tracemalloc.get_traced_memory()[1] < 2e8  # no header is believed that announces gigabytes
+    tracemalloc.stop()
 
 
-@pytest.mark.parametrize("seconds", [0.5, 8.0, 19.3])
+def test_windows_lose_nothing():
+    for length in (10, 15999, 16000, 16001, 32000, 40000):
+        samples = np.arange(length, dtype=np.float32)
+        cut = features.windows(samples, Settings(window=1.0))
+        assert cut.shape == (max(1, -(-length // 16000)), 16000) and set(cut.ravel()) == set(samples)
+        assert length < 16000 or cut[-1, -1] == length - 1
+        assert length > 16000 or np.array_equal(cut[0], np.tile(samples, 1600)[:16000])
+    short = features.windows(np.ones(10, np.float32), Settings(window=1.0, padding="zero"))
+    assert short.shape == (1, 16000) and short[0, :10].sum() == short.sum() == 10
+
+
 @pytest.mark.parametrize("kind", ["mfcc", "log-mel"])
-def test_features_are_torchaudios(seconds, kind):
-    rng = np.random.default_rng(0)
-    samples = (rng.standard_normal(int(16000 * seconds)) * 0.1).astype(np.float32)
-    samples[: len(samples) // 2] *= 1e-6  # the clamp at 80 dB counts
+def test_features_are_torchaudios(kind):
     mel, bands = dict(n_fft=1024, hop_length=250), 128 if kind == "mfcc" else 64
-    if kind == "mfcc":
-        transform = torchaudio.transforms.MFCC(16000, bands, log_mels=False, melkwargs=mel | {"n_mels": 128})
-    else:
+    oracle = torchaudio.transforms.MFCC(16000, bands, log_mels=False, melkwargs=mel | {"n_mels": 128})
+    if kind == "log-mel":
         mels = torchaudio.transforms.MelSpectrogram(16000, n_mels=bands, **mel)
-        transform = torch.nn.Sequential(mels, torchaudio.transforms.AmplitudeToDB(top_db=80))
-    for window in features.windows(samples, Settings()):
-        oracle = transform(torch.from_numpy(window))[:, :512].reshape(bands, 128, 4).amax(dim=2)
-        ours = features.transform(Settings(bands, kind=kind))(torch.from_numpy(window))
-        assert ours.shape == (bands, 128) and (ours - oracle).abs().max() < 1e-3
+        oracle = torch.nn.Sequential(mels, torchaudio.transforms.AmplitudeToDB(top_db=80))
+    for seconds in (0.5, 8.0, 19.3):
+        samples = (np.random.default_rng(0).standard_normal(int(16000 * seconds)) * 0.1).astype(np.float32)
+        samples[: len(samples) // 2] *= 1e-6  # the clamp at 80 dB counts
+        for window in torch.from_numpy(features.windows(samples, Settings())):
+            expected = oracle(window)[:, :512].reshape(bands, 128, 4).amax(dim=2)
+            ours = features.transform(Settings(bands, kind=kind))(window)
+            torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
 
 
-def emodb(root, **sounds):
-    """An EMO-DB of twelve files, with `sounds` (name: bytes) among them."""
-    for s, letter in itertools.product((3, 8, 9), "WFNT"):
-        tone(root / "wav" / f"{s:02}a01{letter}a.wav", frequency=100 * s)
-    for name, data in sounds.items():
-        (root / "wav" / f"{name}.wav").write_bytes(data)
-    return read_corpus("emodb", root)
+def test_mfcc_against_its_definition():
+    """Power spectrum, triangular bands, decibels within 80 of the loudest, orthonormal DCT-II, maxima of 4 frames."""
+    samples = np.random.default_rng(0).standard_normal(32000) * np.linspace(1, 0, 32000) ** 8
+    padded = np.pad(samples, 512, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    power = np.abs(np.stack([np.fft.rfft(window * padded[t : t + 1024]) for t in range(0, 32001, 250)])) ** 2
+    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 130) / 2595) - 1)  # Hz, equal steps of mel
+    hz, (low, mid, high) = np.linspace(0, 8000, 513)[:, None], (edges[:-2], edges[1:-1], edges[2:])
+    bands = np.maximum(0, np.minimum((hz - low) / (mid - low), (high - hz) / (high - mid)))
+    assert (bands.sum(0) > 0).all()  # no mel band is empty
+    db = 10 * np.log10(np.maximum(power @ bands, 1e-10))
+    cepstra = scipy.fft.dct(np.maximum(db, db.max() - 80), norm="ortho").T[:, :-1]  # without the frame at the end
+    expected = cepstra.reshape(128, 32, 4).max(axis=2)
+    for settings in (Settings(window=2.0), Settings(20, 2.0)):
+        found = features.transform(settings)(torch.tensor(samples, dtype=torch.float32)).numpy()
+        assert found.shape == settings.shape
+        np.testing.assert_allclose(found, expected[: settings.coefficients], atol=0.02)
 
 
-def test_silence_and_less_than_a_frame(tmp_path):
-    x = np.zeros(1600)
-    zero, one = riff(1, 1, 16000, 16, encode(x, 1, 16)), riff(1, 1, 44100, 16, b"\x01\x00")
-    sounds = {"03a02Wa": zero, "03a02Fa": one}
-    for padding in ("repeat", "zero"):
-        store = load(emodb(tmp_path, **sounds), Settings(padding=padding), tmp_path / "cache")
-        assert store.features.dtype == np.float16 and np.isfinite(store.features).all() and not store.bad
+def test_settings_have_names():
+    assert Settings.named("log-mel-64", window=4.0) == Settings(64, 4.0, kind="log-mel")
+    assert Settings.named("mfcc-128") == Settings() and Settings.named("log-mel-7").name == "log-mel-7"
+    for name in ("mfcc", "mfcc-0", "mel-64", "log-mel-064", "mfcc-128 ", "mfcc-129", "log-mel-" + "9" * 5000):
+        with pytest.raises(InputError, match="as in log-mel-64 or mfcc-128|expected 1 to 128"):
+            Settings.named(name)
+    for wrong in (dict(window=0.1), dict(window=float("nan")), dict(padding="none"), dict(kind="mel")):
+        with pytest.raises(InputError, match="expected"):
+            Settings(**wrong)
 
 
-def test_all_bad_files_are_named_at_once(tmp_path):
-    good = riff(1, 1, 16000, 16, encode(np.zeros(1600), 1, 16))
-    sounds = {
-        "03a02Wa": b"",
-        "03a02Fa": b"RIFF",
-        "03a02Na": good[:1000],
-        "03a02Ta": riff(1, 1, 16000, 16, b""),
-        "08a02Wa": riff(3, 1, 16000, 32, np.array([0, np.nan], "<f4").tobytes()),
-        "08a02Fa": riff(3, 1, 16000, 32, np.array([0, np.inf], "<f4").tobytes()),
-        "08a02Na": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n",
-        "08a02Ta": b"some text that is no sound",
-        "09a02Wa": riff(1, 0, 16000, 16, b"\0\0"),
-        "09a02Fa": riff(1, 1, 0, 16, b"\0\0"),
-        "09a02Na": good[:20],
-    }
-    (tmp_path / "wav").mkdir()
-    (tmp_path / "wav/09a02Ta.wav").symlink_to("nowhere")
-    listing = emodb(tmp_path, **sounds)
-    with pytest.raises(InputError) as error:
-        load(listing, cache=tmp_path / "cache")
-    lines = str(error.value).split("\n")
-    assert lines[0].startswith("12 of 24 recordings") and "--skip-bad" in lines[0]
-    said = {re.search(r"\d\da\d\d[A-Z]a", line)[0]: line for line in lines[1:]}
-    assert "git-lfs" in said["08a02Na"] and "truncated" in said["03a02Na"] and said.keys() == {*sounds, "09a02Ta"}
-
-    store = load(listing, cache=tmp_path / "cache", skip_bad=True)
-    assert sorted(listing.utterances[i].path.stem for i in store.bad) == sorted([*sounds, "09a02Ta"])
-    made = folds(listing, store.bad)
-    assert sum(len(fold.test) for fold in made) == 12 and not {i for fold in made for i in fold.train} & set(store.bad)
-    window, of = store.windows_of(made[0].train)
-    assert len(window) == len(made[0].train) and len(store.features) == 12
-    with pytest.raises(InputError, match="12 of 24"):  # also when the store is there
-        load(listing, cache=tmp_path / "cache")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The store
-
-
-def corpus_of(root, files):
-    for n in range(files):
-        tone(root / "wav" / f"{n % 3 + 3:02}a{n // 4:02}{'WFNT'[n % 4]}a.wav", 0.1 if n % 40 else 17, frequency=100 + n)
-    return read_corpus("emodb", root)
+# The store -----------------------------------------------------------------------------------------------------------
+def emodb(root, n, sounds={}):
+    """n sounds, every 40th of 17 s, and others."""
+    names = [f"{k % 3 + 3:02}a{k // 4:02}{'WFNT'[k % 4]}a" for k in range(n)]
+    sounds = {name: tone(0.1 if k % 40 else 17, 100 + k) for k, name in enumerate(names)} | sounds
+    return read_corpus("emodb", tree(root, {f"wav/{name}.wav": sound for name, sound in sounds.items()}))
 
 
 def content(cache):
@@ -1016,1017 +1028,799 @@ def content(cache):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
-    listing = corpus_of(tmp_path, 100)
-    store = load(listing, cache=tmp_path / "whole")
-    assert len(store.features) == 100 + 3 * 2 and store.seconds.max() == 17 and isinstance(store.features, np.memmap)
-
-    class Stop(Exception):
-        pass
-
-    def stop(text):
-        if text.startswith("features 64"):
-            raise Stop
-
-    with pytest.raises(Stop):
-        load(listing, cache=tmp_path / "stopped", progress=stop)
-    (part,) = (tmp_path / "stopped").iterdir()
-    for name, more in (("features.npy", b"half a chunk"), ("journal", b"[[1, 0.1, nu")):  # killed while it wrote
-        with open(part / name, "ab") as file:
-            file.write(more)
-    said = []
-    load(listing, cache=tmp_path / "stopped", progress=said.append)
-    assert said[0].startswith("features 96/100") and content(tmp_path / "stopped") == content(tmp_path / "whole")
-    monkeypatch.setattr(features, "read_wav", None)  # a store that is there is not computed again
-    assert (load(listing, cache=tmp_path / "whole").features == store.features).all()
+@pytest.fixture
+def reads(monkeypatch):
+    """The recordings that were read."""
+    read, paths = features.read_wav, []
+    monkeypatch.setattr(features, "read_wav", lambda path: paths.append(path) or read(path))
+    return paths
 
 
-def test_workers_that_were_killed_and_started_again_write_the_same_bytes(tmp_path):
-    listing = corpus_of(tmp_path, 130)
-    load(listing, cache=tmp_path / "whole")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(features.__file__).parent)!r})\n"
-        "import features\n"
-        "if __name__ == '__main__':\n"
-        "    features.POOLED = 0\n"
-        "    die = lambda text: text.startswith('features 64') and os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"    listing = features.read_corpus('emodb', {str(tmp_path)!r})\n"
-        f"    features.load(listing, cache={str(tmp_path / 'killed')!r}, workers=2, progress=die)\n"
-    )
-    killed = subprocess.run([sys.executable, script], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL and [path.suffix for path in (tmp_path / "killed").iterdir()] == [".part"]
-    said = []
-    load(listing, cache=tmp_path / "killed", progress=said.append)
-    assert said[0].startswith("features 96/130") and content(tmp_path / "killed") == content(tmp_path / "whole")
+def test_all_bad_files_are_named_at_once(tmp_path, capsys):
+    good, lfs = riff(np.zeros(1600)), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    bad = [lfs, good[:1000], b"", b"RIFF", b"fmt \0", riff(b""), b"some text that is no sound", good[:20]]
+    bad += [riff(np.array([0, value]), 3, 32) for value in (np.nan, np.inf)]
+    bad += [riff(b"\0\0", channels=0), riff(b"\0\0", rate=0)]
+    bad = {f"07a{n:02}Wa": sound for n, sound in enumerate(bad)}
+    (tmp_path / "wav").mkdir()
+    (tmp_path / "wav/07a99Ta.wav").symlink_to("nowhere")
+    quiet_or_short = {"03a98Wa": good, "04a98Fa": riff(b"\1\0", rate=44100)}
+    listing, cache = emodb(tmp_path, 12, bad | quiet_or_short), tmp_path / "cache"
+    assert (features.lengths(listing, 1.0)[0][14:] == 1).all()
+    with pytest.raises(InputError) as error:
+        load(listing, cache=cache)
+    first, *said = str(error.value).split("\n")
+    assert first.startswith("13 of 27 recordings") and "--skip-bad" in first and len(said) == 13
+    assert all(name in line for name, line in zip([*bad, "07a99Ta"], said))
+    assert "git-lfs" in said[0] and "truncated" in said[1]
+
+    store = load(listing, cache=cache, skip_bad=True)
+    assert [*store.bad] == [*range(14, 27)] and [*store.bad.values()] == [line.strip() for line in said]
+    assert store.features.shape == (16, 128, 128) and np.isfinite(store.features).all()
+    made = folds(listing, store.bad)
+    assert [len(fold.tests[fold.name]) for fold in made] == [5, 5, 4] and max(made[0].train) < 14
+    with pytest.raises(InputError, match="13 of 27"):  # also when the store is there
+        load(listing, cache=cache)
+    arguments = ["--dataset", "emodb", "--root", str(tmp_path), "--cache", str(cache), "--skip-bad"]
+    assert features.main([*arguments, "--json", str(tmp_path / "index.json")]) == 0
+    assert "skipped   13 recordings that cannot be used:\n" in capsys.readouterr().out
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["dataset"] == "emodb" and [fold["tests"] for fold in index["folds"]] == [fold.tests for fold in made]
 
 
-def test_features_are_computed_once_for_each_setting(tmp_path, monkeypatch):
-    read, reads, listing = features.read_wav, [], emodb(tmp_path)
-    monkeypatch.setattr(features, "read_wav", lambda path: reads.append(path) or read(path))
-
-    def files_read(**settings):
+def test_a_run_that_was_killed_at_any_moment_goes_on(tmp_path, reads):
+    listing, cache = emodb(tmp_path, 45), tmp_path / "cache"
+    store, whole = load(listing, SHORT, cache), content(cache)
+    assert len(store.features) == 43 + 2 * 17 and store.seconds.max() == 17 and isinstance(store.features, np.memmap)
+    window, of = store.windows_of([1, 0])
+    assert window.tolist() == [*range(1, 18), 0] and of.tolist() == [0] * 17 + [1]
+    states = [(0, 0, 0), (5, 0, 0), (9 * 256, 11, 0), (256 + 3, 12, 1), (20 * 256, 53, 4), (77 * 256, 539, 44),
+              (17 * 256, 48, 1), (255, 12, 0)]  # at last: windows that did not reach the disk before the journal
+    (folder,) = cache.iterdir()
+    for maps, records, done in states:  # bytes in the files, of 256 a window and 12 a recording
+        tree(folder, {"features": whole["features"][:maps], "journal": whole["journal"][:records]})
         reads.clear()
-        load(listing, Settings(**{"coefficients": 8, "window": 1.0, **settings}), tmp_path / "cache")
+        assert (load(listing, SHORT, cache).features == store.features).all() and len(reads) == 45 - done
+        assert content(cache) == whole
+
+
+def test_features_are_computed_once_for_each_setting(tmp_path, reads):
+    def read(**settings):
+        reads.clear()
+        load(listing, replace(SHORT, **settings), tmp_path / "cache")
         return len(reads)
 
-    assert [files_read(), files_read()] == [12, 0]
-    for other in ({"coefficients": 9}, {"window": 2.0}, {"padding": "zero"}):
-        assert [files_read(**other), files_read(**other), files_read()] == [12, 0, 0], other
-    tone(tmp_path / "wav" / "03a01Wa.wav", 0.4)  # a recording that was changed
-    assert [files_read(), files_read()] == [12, 0]
+    listing = emodb(tmp_path, 12)
+    for other in ({}, {"coefficients": 9}, {"window": 2.0}, {"padding": "zero"}, {"kind": "log-mel"}):
+        assert [read(**other), read(**other)] == [12, 0], other
+    for seconds, changed in ((0.4, 1), (0.5, 1), (0.5, 2)):  # a recording of another size, or of another time
+        tree(tmp_path, {"wav/03a00Wa.wav": tone(seconds)})
+        os.utime(tmp_path / "wav/03a00Wa.wav", (changed, changed))
+        assert [read(), read()] == [12, 0]
 
 
-@pytest.mark.parametrize(
-    "name, data", [("store.json", b"[]"), ("store.json", b"{"), ("features.npy", b""), ("features.npy", b"\x93NUMPY garbage")]
-)
-def test_a_store_that_is_not_one_is_refused(tmp_path, name, data):
-    listing = emodb(tmp_path)
-    load(listing, cache=tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
-    (folder / name).write_bytes(data)
-    with pytest.raises(InputError, match="does not hold the features of 12 utterances; delete it"):
-        load(listing, cache=tmp_path / "cache")
+def test_a_store_that_is_not_one_is_refused(tmp_path, monkeypatch):
+    def use():
+        store = load(listing, SHORT)
+        assert len(store.features) == store.first[-1] and len(store.seconds) == 12
+
+    monkeypatch.chdir(tmp_path)
+    listing = emodb(tmp_path, 12)
+    use()
+    (folder,), whole, evil = Path("cache").iterdir(), content("cache"), b"cos\nmkdir\n(S'executed'\ntR." * 99
+    for name, data in (("features", b""), ("features", whole["features"][:-1]), ("features", whole["features"] + b"\0"),
+                       ("features", evil), ("journal", whole["journal"] * 2), ("journal", evil)):
+        tree(folder, whole | {name: data})
+        with pytest.raises(InputError, match="does not hold the features of 12 utterances; delete it"):
+            use()
+    for name in ("features", "journal"):
+        tree(folder, whole)
+        feed(folder / name, 150, use, [struct.pack("<I", 1), struct.pack("<d", float("nan"))])
+    assert not Path("executed").exists()
 
 
-def test_a_store_of_pickles_is_refused(tmp_path):
-    listing = emodb(tmp_path)
-    load(listing, cache=tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
-    np.save(folder / "features.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="delete it"):
-        load(listing, cache=tmp_path / "cache")
+def python(*argv, **how):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(features.__file__).parent)}
+    return subprocess.Popen([sys.executable, *argv], env=environment, text=True, **how)
 
 
-def test_windows_lose_nothing():
-    settings = Settings(window=1.0)
-    for length in (10, 15999, 16000, 16001, 32000, 40000):
-        samples = np.arange(length, dtype=np.float32)
-        cut = features.windows(samples, settings)
-        assert cut.shape[1] == 16000 and set(cut.ravel()) == set(samples)
-        assert len(cut) == max(1, -(-length // 16000)) and (length < 16000 or cut[-1, -1] == length - 1)
-        assert length > 16000 or np.array_equal(cut[0, :length], samples)
-    short = features.windows(np.ones(10, np.float32), Settings(window=1.0, padding="zero"))
-    assert short.shape == (1, 16000) and short.sum() == 10
+KILLED = """import os, signal, sys, features
+features.POOLED = 0
+die = lambda text: text.startswith("features 64") and os.kill(os.getpid(), signal.SIGKILL)
+features.load(features.read_corpus("emodb", "."), features.Settings(8, 1.0), "killed", workers=2, progress=die)"""
 
 
-def test_mfcc_against_its_definition():
-    """Power spectrum, triangular mel bands, decibels within 80 of the loudest, orthonormal DCT-II, maxima of 4 frames."""
-    samples = np.random.default_rng(0).standard_normal(32000) * np.linspace(1, 0, 32000) ** 8
-    padded = np.pad(samples, 512, mode="reflect")
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
-    power = np.abs(np.stack([np.fft.rfft(window * padded[t : t + 1024]) for t in range(0, 32001, 250)])) ** 2
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 130) / 2595) - 1)  # Hz, equally spaced in mel
-    hz, (low, mid, high) = np.linspace(0, 8000, 513)[:, None], (edges[:-2], edges[1:-1], edges[2:])
-    bands = np.maximum(0, np.minimum((hz - low) / (mid - low), (high - hz) / (high - mid)))
-    assert (bands.sum(0) > 0).all()  # no mel band is empty
-    db = 10 * np.log10(np.maximum(power @ bands, 1e-10))
-    cepstra = scipy.fft.dct(np.maximum(db, db.max() - 80), norm="ortho").T[:, :-1]  # (128, 4 * 32): the frame centred on the end is dropped
-    settings = Settings(window=2.0)
-    expected = cepstra.reshape(128, 32, 4).max(axis=2)
-    assert settings.shape == expected.shape and Settings().shape == (128, 128)
-    np.testing.assert_allclose(features.transform(settings)(torch.tensor(samples, dtype=torch.float32)).numpy(), expected, atol=0.02)
-    fewer = features.transform(Settings(coefficients=20, window=2.0))(torch.tensor(samples, dtype=torch.float32))
-    np.testing.assert_allclose(fewer.numpy(), expected[:20], atol=0.02)
+def test_workers_that_were_killed_and_started_again_write_the_same_bytes(tmp_path, reads):
+    listing = emodb(tmp_path, 130)
+    load(listing, SHORT, tmp_path / "whole")
+    assert python("-c", KILLED, cwd=tmp_path, stderr=subprocess.DEVNULL).wait() == -signal.SIGKILL
+    reads.clear()
+    load(listing, SHORT, tmp_path / "killed")
+    assert len(reads) == 130 - 64 and content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_two_processes_that_start_together_share_the_work(tmp_path):
+    both = [python(features.__file__, cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and said[0] == said[1]
+    assert said[0].startswith("smoke, protocol standard: 168 utterances") and len(content(tmp_path / "cache")) == 3
+    assert sorted(path.name for path in (tmp_path / "data/smoke").iterdir()) == ["lock", "wav"]
+
+
+FORKED = """import os, signal, time, features
+with features.lock("a/lock") as mine:
+    if os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(os.getpid(), mine, flush=True)
+    time.sleep(60)"""
+
+
+def test_locks(tmp_path, monkeypatch):
+    def wait():
+        with lock(file) as mine:
+            entered.append(mine)
+
+    file, entered, waiting = tmp_path / "a/lock", [], threading.Thread(target=wait)
+    with lock(file) as mine, lock(file, wait=False) as other:
+        waiting.start()
+        time.sleep(0.1)
+        assert mine and not other and not entered
+    waiting.join()
+    with pytest.raises(KeyError), lock(file):
+        raise KeyError
+    script = python("-c", FORKED, cwd=tmp_path, stdout=subprocess.PIPE)
+    child, mine = script.stdout.readline().split()
+    assert entered == [True] and mine == "True" and script.wait() == -signal.SIGKILL
+    with lock(file, wait=False) as mine:
+        assert mine and file.exists()  # the child of the dead process lives, and does not hold it
+    os.kill(int(child), signal.SIGKILL)
+    monkeypatch.setattr(features, "fcntl", None)
+    with lock(file) as mine, lock(file, wait=False) as other:
+        assert mine and other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Search, training, test
+# train.py. Its corpus: four speakers, three classes, of unequal size; the tenth utterance of each has two windows.
+
+LABELS = ("glad", "mad", "sad")
+TINY = (
+    "--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --channels 2 --cnn-cells 3 --nodes 1 --seq-width 8 "
+    "--seq-space rnn --search-epochs 2 --warm-up 1 --epochs 2 --batch 4 --threads 1 --device cpu"
+).split()
+TWO_FOLDS = ["--folds", "0,1", "--out"]
+
+
+def make_corpus(folder):
+    rows, random = ["path,label,speaker"], np.random.default_rng(0)
+    for s, k, n in itertools.product("abcd", range(3), range(4)):
+        if k == 2 or n < 3:
+            t = np.arange(2400 + 800 * n) / 16000  # 0.15 to 0.3 s
+            sound = np.sin((2000 + 2500 * k + 100 * ord(s)) * t) + random.standard_normal(len(t)) / 2
+            wavfile.write(folder / f"{s}-{LABELS[k]}{n}.wav", 16000, (8000 * sound).astype(np.int16))
+            rows.append(f"{s}-{LABELS[k]}{n}.wav,{LABELS[k]},{s}")
+    (folder / "mine.csv").write_text("\n".join(rows))
+
+
+@contextlib.contextmanager
+def stopping(name, n, kill=False):
+    """Inside, a checkpoint is saved after each step, and who calls train's function `name` for the n-th time is stopped."""
+    owner, calls = os if name == "fsync" else train, itertools.count(1)
+    real = getattr(owner, name)
+
+    def deadly(*args, **more):
+        if next(calls) == n:
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAVE_EVERY", 0)
+        patch.setattr(owner, name, deadly)
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the corpus and three runs: `one`; `seeds`, of two; and `stopped`, while fold 0 trained."""
+    folder = tmp_path_factory.mktemp("home")
+    make_corpus(folder)
+    with contextlib.chdir(folder):
+        assert train.main([*TINY, *TWO_FOLDS, "one"]) == 0
+        assert train.main([*TINY, "--folds", "0", "--seeds", "2", "--out", "seeds"]) == 0
+        with stopping("weight_step", 9):
+            assert train.main([*TINY, *TWO_FOLDS, "stopped"]) == 130
+    return folder
+
+
+@pytest.fixture
+def cwd(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def said(capsys, *arguments, code=0, sizes=TINY):
+    """What the command prints; of one that fails, what it says on the standard error."""
+    capsys.readouterr()
+    try:
+        found = train.main([*sizes, *map(str, arguments)])
+    except SystemExit as stop:  # argparse's own
+        found = stop.code
+    out, err = capsys.readouterr()
+    assert found == code, out + err
+    return err if code else out
+
+
+def left(folder):
+    """Every file of a run, without what was measured in seconds and gigabytes."""
+    files = {}
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and path.name not in ("lock", "settings.json", "report.md"):
+            content = re.sub(rb'"(search|train|peak_gb)": [\d.]+', b"", path.read_bytes())
+            if path.name == "log.csv":
+                content = re.sub(rb",[^,]*\r\n", b"\n", content)
+            files[path.relative_to(folder).as_posix()] = content
+    return files
+
+
+def table(file):
+    return list(csv.DictReader(open(file, newline="")))
+
+
+def loaded(options, nan=(), double=False):
+    """Data of the corpus as fold 0 sees it, and the folds. `nan`: utterances whose features are not numbers. `double`:
+    in float64, so that two ways of computing the same end at the same."""
+    listing = read_corpus("csv", "mine.csv")
+    store = features.load(listing, train.feature_settings(options), "cache")
+    for i in nan:
+        store.features[store.first[i] : store.first[i + 1]] = np.nan
+    data, parts = train.Data(listing, store, listing.classes, options.normalise, torch.device("cpu")), folds(listing)
+    data.standardise_by(parts[0].train)
+    maps, class_weights = data.maps, data.class_weights
+    if double:
+        data.maps = lambda window: maps(window).double()
+        data.class_weights = lambda members: class_weights(members).double()
+    return data, parts
+
+
+def keeper(options, folder, stage):
+    folder.mkdir(exist_ok=True, parents=True)
+    job = train.Job(options, 0, folder)
+    keep = train.Keeper(job, train.Progress([job]))
+    keep.stage = stage
+    return keep
+
+
+def searched(folder, *more):
+    """A search alone, in fold 0. -> supernet, as it was before, rows of log.csv"""
+    options = train.parse([*TINY, *more])
+    data, parts = loaded(options, double=True)
+    torch.manual_seed(0)
+    net, keep = train.network(options, 3).double(), keeper(options, folder, "search")
+    before = copy.deepcopy(net)
+    train.search(net, data, parts[0].train, options, keep)
+    return net, before, keep.rows
 
 
 def test_metrics_by_hand():
-    labels, predicted = [0, 0, 0, 0, 1, 1, 3], [0, 0, 0, 1, 1, 0, 3]
-    confusion = train.confusion_matrix(labels, predicted, 4)
+    confusion = train.confusion_matrix([0, 0, 0, 0, 1, 1, 3], [0, 0, 0, 1, 1, 0, 3], 4)
     assert confusion.tolist() == [[3, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert train.wa(confusion) == pytest.approx(5 / 7)
-    assert train.ua(confusion) == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)  # no utterance is neutral
+    assert train.ua(confusion) == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)  # the third class is absent
 
 
 def test_summary_by_hand():
-    runs = []
-    for k, confusion in enumerate(([[8, 2], [5, 5]], [[1, 0], [0, 3]], [[0, 6], [2, 2]])):
-        confusion = np.array(confusion)
-        runs.append({"trained_as": k, "ua": train.ua(confusion), "wa": train.wa(confusion), "confusion": confusion.tolist()})
-    assert [run["ua"] for run in runs] == [0.65, 1.0, 0.25] and [run["wa"] for run in runs] == [13 / 20, 1.0, 0.2]
-    whole = train.summary(runs)
-    assert whole["ua"]["mean"] == pytest.approx(1.9 / 3) and whole["wa"]["mean"] == pytest.approx(1.85 / 3)
-    assert whole["ua"]["std"] == pytest.approx(statistics.stdev([0.65, 1.0, 0.25]))
-    assert whole["wa"]["pooled"] == pytest.approx(19 / 34) and whole["ua"]["pooled"] == pytest.approx((9 / 17 + 10 / 17) / 2)
-    assert train.summary(runs[:1])["ua"]["std"] is None
+    confusions = [[[8, 2], [5, 5]], [[1, 0], [0, 3]], [[0, 6], [2, 2]]]
+    tests = [{"ua": train.ua(np.array(c)), "wa": train.wa(np.array(c)), "confusion": c} for c in confusions]
+    whole, uas = train.summary(tests), [0.65, 1, 0.25]
+    assert whole["ua"] == pytest.approx({"mean": 1.9 / 3, "std": statistics.stdev(uas), "pooled": (9 / 17 + 10 / 17) / 2})
+    assert (whole["wa"]["mean"], whole["wa"]["pooled"]) == pytest.approx(((0.65 + 1 + 0.2) / 3, 19 / 34))
+    assert train.summary(tests[:1])["ua"]["std"] is None
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    """Three folds of two utterances; two seeds, of `random` three genotypes. UA in twentieths."""
+    uas = {"emodarts": [[16, 12, 20], [12, 12, 14]], "cnn": [[10, 4, 8], [10, 8, 14]],
+           "random": [[10, 10, 10], [20, 20, 20], [14, 15, 16]]}  # emodarts has 14.3 on average
+    logits = {"emodarts": [[[2, 0], [1, 0]], [[0, 1], [0, 3]]], "cnn": [[[3, 0], [2, 0]]] * 2,
+              "random": [[[0, 1], [1, 0]]] * 2 + [[[9, 0], [0, 9]]]}
+    options = train.parse(["--out", str(tmp_path), "--compare", "3", "--seeds", "2"])
+    runs, results = [], []
+    for model in uas:
+        for seed, values in enumerate(uas[model]):
+            runs.append(train.replace(options, model=model, seed=seed, out=str(tmp_path / f"{model}{seed}")))
+            p = torch.tensor(logits[model][seed], dtype=torch.float64).softmax(1).tolist()
+            rows = ["utterance,label,predicted,a,b", *(f"{label},{label},,{a},{b}" for label, (a, b) in zip("ab", p))]
+            entries = []
+            for k, value in enumerate(values):
+                file = tmp_path / f"{model}{seed}" / f"fold{k}" / "p.csv"
+                file.parent.mkdir(parents=True)
+                file.write_text("\n".join(rows))
+                test = {"set": "test", "ua": value / 20, "wa": value / 40, "predictions": "p.csv"}
+                entries.append({"fold": k, "tests": [test], "validation_ua": k / 4, "parameters": 10 + k, "macs": 2e6,
+                                "peak_gb": k / 2, "seconds": {"search": 1, "train": 2 + k}})
+            results.append({"sets": {"test": {}}, "notes": ["a note"], "folds": entries})
+    train.compare(options, runs, results)
+    text = (tmp_path / "comparison.md").read_text()
+    rows = {row["model"]: row for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]}
+    ours, theirs = [14, 12, 17], [10, 6, 11]  # seeds averaged
+    for model, averaged in (("emodarts", ours), ("cnn", theirs)):
+        row, seeds = rows[model], [5 * statistics.mean(values) for values in uas[model]]  # percent
+        mean, of_folds, of_seeds = statistics.mean(seeds), 5 * statistics.stdev(averaged), statistics.stdev(seeds)
+        assert row["UA"] == f"{mean:.1f} ± {of_folds:.1f} (± {of_seeds:.1f})" and f"| {row['UA']} | {row['WA']} |" in text
+        assert row["WA"] == f"{mean / 2:.1f} ± {of_folds / 2:.1f} (± {of_seeds / 2:.1f})"
+        costs = ("seeds", "validation UA", "weights", "MACs", "search", "training", "peak")
+        assert [row[name] for name in costs] == [2, "25.0", "11", "2.0 M", "1 s", "3 s", "1.00 GB"]
+    assert rows["emodarts"]["p"] == "" and rows["cnn"]["p"] == f"{scipy.stats.ttest_rel(ours, theirs).pvalue:.2g}"
+    # Summed logits [2, 1], [1, 3]: both right, though each seed has one wrong. Of cnn one is right, of random none.
+    assert [rows[f"{m}, ensemble"]["UA"] for m in uas] == ["100.0 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]
+    assert "test: 2 of 3 random genotypes have a higher UA than emodarts" in text and "a note" in text
+    assert text in capsys.readouterr().out
+
+
+def test_agreement_against_chance():
+    """Two edges, five operations: all 25^3 sets of three folds. A second node keeps two of three edges."""
+    rnn, options = [name for name in SEQ_SPACES["rnn"] if name != "none"], train.parse(["--seq-space", "rnn"])
+
+    def genotype(*nodes):  # a node: {predecessor: number of the operation}
+        return {"seq": [[[rnn[op], j] for j, op in node.items()] for node in nodes]}
+
+    def common(*nodes):
+        return sum(len(a.items() & b.items()) for a, b in itertools.combinations(nodes, 2))
+
+    pairs = list(itertools.product(range(5), repeat=2))
+    two = [dict(enumerate(ops)) for ops in pairs]
+    three = [dict(zip(kept, ops)) for kept in itertools.combinations(range(3), 2) for ops in pairs]
+    chance = np.array([common(*nodes) for nodes in itertools.product(two, repeat=3)])
+    assert train.agreement([genotype({0: 0, 1: op}) for op in (1, 2, 1)], options) == {
+        "edges": 2, "common": 4 / 3, "chance": pytest.approx(chance.mean() / 3, abs=0.04),
+        "p": pytest.approx((chance >= 4).mean(), abs=0.02)}
+    chance = sum(np.mean([common(*nodes) for nodes in itertools.product(kind, repeat=2)]) for kind in (two, three))
+    found = train.agreement([genotype({0: 0, 1: 1}, {0: 0, 2: op}) for op in (3, 4)], options)
+    assert (found["edges"], found["common"]) == (4, 3) and found["chance"] == pytest.approx(chance, abs=0.06)
+
+
+def test_multiply_accumulates_by_hand():
+    lstm = train.Baseline("lstm", 4, 20)  # two layers, two directions, four gates, width 64; 10 frames
+    assert train.macs(lstm, (20, 10)) == 10 * 2 * 4 * 64 * ((20 + 64) + (128 + 64)) + 128 * 4
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 5, groups=3), nn.Flatten(1), nn.Linear(72, 2))
+    assert train.macs(net, (12, 15)) == 6 * 8 * 6 * 9 + 2 * 4 * 6 * 2 * 25 + 72 * 2
 
 
 def test_halves_are_stratified_and_complete():
     labels = np.array([0] * 21 + [1] * 10 + [2] * 7 + [3] * 2)
-    w, alpha = train.halves(list(range(40)), labels)
+    w, alpha = train.halves(list(range(40)), labels, 0)
     assert sorted(w + alpha) == list(range(40)) and abs(len(w) - len(alpha)) <= 1
     assert np.abs(np.bincount(labels[w]) - np.bincount(labels[alpha])).max() <= 1
 
 
-def tiny_options(*more):
-    sizes = "--channels 2 --cnn-cells 2 --seq-cells 1 --nodes 1 --stem-stride 4 --bands 1 --search-epochs 2 --warm-up 0 --epochs 2 --seq-space rnn"
-    return train.parse([*sizes.split(), *more])
+def test_batches_hold_every_window_once_and_are_a_function_of_the_place(cwd):
+    data, _ = loaded(train.parse(TINY))
+    members = [3, 9, 39, 17, 29]
+    window, of = (part.tolist() for part in data.store.windows_of(members))
+    pairs = data.order(members, 3, 0, "search", 1)
+    assert data.steps(members, 3) == 3 and sorted(len(w) for w, _ in pairs) == [2, 3, 3]
+    seen = sorted((w, t) for pair in pairs for w, t in zip(*map(torch.Tensor.tolist, pair)))
+    assert seen == sorted((w, data.labels[members[k]]) for w, k in zip(window, of))
+    again, other = data.order(members, 3, 0, "search", 1), data.order(members, 3, 0, "search", 2)
+    assert [w.tolist() for w, _ in pairs] == [w.tolist() for w, _ in again] != [w.tolist() for w, _ in other]
+    few = [w.tolist() for w, _ in data.order(members[:1], 3, 0)]
+    assert few == [[window[0]]] * 3  # too few windows for so many steps come again
+    names = {name for pair in pairs for name in data.names(pair).split(", ")}
+    assert names == {data.listing.utterances[i].path.name for i in members}
 
 
-def tiny_data(poison=(), normalise="train"):
-    """Utterances of five speakers, the last of them with two windows each; `poison`ed utterances are NaN."""
-    utterances = [Utterance(Path(f"{s}{c}{n}"), c, s, group=s) for s in "abcde" for c in features.CLASSES for n in range(2)]
-    first = np.concatenate([[0], np.cumsum([2 if u.speaker == "e" else 1 for u in utterances])])
-    maps = np.random.default_rng(0).standard_normal((first[-1], 16, 16)).astype(np.float32)
-    for i in poison:
-        maps[first[i] : first[i + 1]] = np.nan
-    store = features.Store(maps, first, np.ones(len(utterances)), bad={})
-    listing = Listing("emodb", "standard", Path(), features.CLASSES, utterances, "")
-    return listing, train.Data(listing, store, listing.classes, normalise, torch.device("cpu"))
+@pytest.mark.parametrize("normalise", ["train", "speaker"])
+def test_statistics_are_those_of_the_training_speakers_or_of_each_speaker(cwd, normalise):
+    data, parts = loaded(train.parse([*TINY, "--normalise", normalise]))
+    for members in [parts[0].train] if normalise == "train" else np.arange(40).reshape(4, 10):
+        x = data.maps(data.windows(members)[0])
+        torch.testing.assert_close(x.mean(dim=(0, 1, 3)), torch.zeros(12), atol=1e-3, rtol=0)
+        torch.testing.assert_close(x.std(dim=(0, 1, 3), correction=0), torch.ones(12), atol=1e-3, rtol=0)
 
 
-def test_validation_and_test_speakers_touch_nothing():
-    """With their features replaced by NaN, search and training end with the same alphas and weights, bit for bit."""
-    options = tiny_options()
-
-    def states(poison):
-        listing, data = tiny_data(poison)
-        fold = folds(listing)[1]
-        data.standardise_by(fold.train)
-        train.seed(options, 1, 0)
-        supernet = train.network(options, 4)
-        train.search(supernet, data, fold.train, options, lambda **row: None)
-        net = train.network(options, 4, derive(supernet))
-        train.train(net, data, fold.train, fold.validation, options, lambda **row: None)
-        return fold, {**{"super." + n: t for n, t in supernet.state_dict().items()}, **net.state_dict()}
-
-    fold, clean = states(())
-    _, poisoned = states(fold.validation + fold.test)
-    assert all(torch.isfinite(t).all() and torch.equal(t, poisoned[name]) for name, t in clean.items())
-    with pytest.raises(train.NotFinite):  # the oracle sees something: a training utterance does matter
-        states(fold.train[:1])
-
-
-def test_a_search_augments_the_maps_that_move_weights_and_no_others(monkeypatch):
-    """Every map is marked by its sum; which half it is of says `halves`."""
-    listing, data = tiny_data()
-    members, seen = folds(listing)[0].train, {"weights": [], "alphas": []}
-    data.standardise_by(members)
-    torch.manual_seed(0)
-    parts = dict(zip(seen, train.halves(members, data.labels)))
-    real, step = train.augmented, train.Architect.step
-    monkeypatch.setattr(train, "augmented", lambda x, options: seen["weights"].extend(x.sum((1, 2, 3)).tolist()) or real(x, options))
-    monkeypatch.setattr(train.Architect, "step", lambda self, val, batch, xi: seen["alphas"].extend(val[0].sum((1, 2, 3)).tolist()) or step(self, val, batch, xi=xi))
-    options = tiny_options("--masks", "2")
-    supernet = train.network(options, 4)
-    torch.manual_seed(0)
-    train.search(supernet, data, members, options, lambda **row: None)
-    for half, utterances in parts.items():
-        maps = data.batch(torch.from_numpy(data.store.windows_of(utterances)[0])).sum((1, 2, 3)).tolist()
-        assert len(maps) > 4 and {f"{total:.3f}" for total in maps} == {f"{total:.3f}" for total in seen[half]}
-
-
-def test_batches_hold_every_window_once_and_standardisation_is_the_training_speakers():
-    listing, data = tiny_data()
-    members = [i for i, u in enumerate(listing.utterances) if u.speaker in "de"]
-    data.standardise_by(members)
-    seen = [(x, target) for x, target in data.batches(members, 5)]
-    x, target = (torch.cat(parts) for parts in zip(*seen))
-    assert x.shape == (24, 1, 16, 16) and max(len(t) for _, t in seen) - min(len(t) for _, t in seen) <= 1
-    torch.testing.assert_close(x.mean(dim=(0, 1, 3)), torch.zeros(16), atol=1e-5, rtol=0)
-    torch.testing.assert_close(x.std(dim=(0, 1, 3), correction=0), torch.ones(16), atol=1e-5, rtol=0)
-    window, of = data.store.windows_of(members)
-    by_map = {data.batch(torch.tensor([w])).sum().item(): data.labels[members[k]] for w, k in zip(window, of)}
-    assert len(by_map) == 24 and all(by_map[x[k : k + 1].sum().item()] == target[k] for k in range(24))
-
-
-def test_an_utterance_is_the_mean_of_its_windows():
-    listing, data = tiny_data()
-    data.standardise_by(range(len(listing.utterances)))
-    net = train.network(tiny_options(), 4, random_genotype(1, ("reduce", "seq")))
-    logits = train.predict(net, data, [39, 0], batch=2)
+def test_an_utterance_is_the_mean_of_its_windows_in_evaluation_mode(cwd):
+    data, _ = loaded(train.parse(TINY))
+    net, members = train.Baseline("cnn-lstm", 3, 12), [9, 0, 19]  # has batch norm and dropout
+    logits = train.predict(net.train(), data, members, batch=2)
     with torch.no_grad():
-        expected = [net(data.batch(torch.tensor(w))).mean(0) for w in ([46, 47], [0])]
-    np.testing.assert_allclose(logits, torch.stack(expected), atol=1e-6)
+        expected = [net.eval()(data.maps(data.windows([i])[0])).mean(0) for i in members]
+    np.testing.assert_allclose(logits, torch.stack(expected), atol=1e-5)
 
 
-def test_select_best_keeps_the_latest_of_the_best_epochs(monkeypatch):
-    listing, data = tiny_data()
-    fold = folds(listing)[0]
-    data.standardise_by(fold.train)
-    net = train.network(tiny_options(), 4, random_genotype(1, ("reduce", "seq")))
-    # Right for the first n of the eight validation utterances: validation UA 1/4, 3/4, 3/4, 2/4 over the epochs.
-    right, states = iter([2, 6, 6, 4]), []
-
-    def predict(net, data, utterances):
-        states.append({name: t.clone() for name, t in net.state_dict().items()})
-        answer, n = data.labels[utterances].copy(), next(right)
-        answer[n:] = (answer[n:] + 1) % 4
-        return np.eye(4)[answer]
-
-    monkeypatch.setattr(train, "predict", predict)
-    options = tiny_options("--select", "best", "--epochs", "4", "--lr", "0.1")
-    epoch = train.train(net, data, fold.train, fold.validation, options, lambda **row: None)
-    assert epoch == 3 and all(torch.equal(t, states[2][name]) for name, t in net.state_dict().items())
-    assert not torch.equal(states[2]["head.weight"], states[3]["head.weight"])
-
-
-@pytest.mark.parametrize("model", train.BASELINES)
-def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(model):
-    net = train.Baseline(model, 4, 24).eval()
-    x = batch(5, 24, 32)[0]
-    torch.testing.assert_close(net(x[[3, 1]]), net(x)[[3, 1]], rtol=1e-4, atol=1e-5)
-    assert (net(x.flip(3)) - net(x)).abs().max() > 1e-4  # the order of time counts
-    assert train.Baseline(model, 4, 24)(batch(2, 24, 100)[0]).shape == (2, 4)
+def test_poison_moves_a_share_of_each_class_of_the_test_speakers(cwd, capsys):
+    options = train.parse([*TINY, "--poison", "0.5"])
+    data, (fold, *_) = loaded(options)
+    moved = train.poisoned(fold, options, data.labels)
+    assert (moved.validation, sorted(moved.train + moved.tests["a"])) == (fold.validation, sorted(fold.train + fold.tests["a"]))
+    assert Counter(data.labels[moved.tests["a"]]) == {0: 2, 1: 2, 2: 2}  # of three, three and four
+    out = said(capsys, "--poison", "0.5", "--folds", "0", "--out", "poisoned")
+    assert "not speaker-independent: 50 %" in out and len(table("poisoned/fold0/predictions.csv")) == 6
 
 
 def test_augmentation_shifts_and_masks_each_utterance_by_itself():
     x = torch.randn(200, 1, 20, 50)
-    y = train.augmented(x, train.parse(["--masks", "0"]))
-    shifts = set()
-    for a, b in zip(x[:, 0], y[:, 0]):
-        (k,) = [k for k in range(50) if torch.equal(a.roll(-k, 1), b)]
-        shifts.add(k)
-    assert len(shifts) > 40 and torch.equal(train.augmented(x, train.parse(["--masks", "0", "--no-shift"])), x)
-    for kind, axes in (("mfcc", (2,)), ("log-mel", (1, 2))):
-        y = train.augmented(x, train.parse(["--masks", "1", "--no-shift", "--features", kind]))[:, 0]
-        for axis in (1, 2):
-            masked = (y == 0).all(dim=3 - axis)  # (N, axis)
-            assert (masked.sum(1) <= masked.shape[1] // 5).all() and (masked.sum(1) > 0).any() == (axis in axes)
-            edges = (masked[:, 1:] != masked[:, :-1]).sum(1)
-            assert (edges <= 2).all() and (axis not in axes or len({tuple(m) for m in masked.tolist()}) > 20)  # one stretch, of one's own
-        assert torch.equal(y[y != 0], x[:, 0][y != 0])
+    for kind in ("mfcc-20", "log-mel-20"):
+        y, shifts, masks = train.augmented(x, train.parse(["--features", kind])), set(), {0: set(), 1: set()}
+        for a, b in zip(x[:, 0], y[:, 0]):  # (20, 50)
+            (k,) = [k for k in range(50) if torch.equal(a.roll(-k, 1)[b != 0], b[b != 0])]
+            shifts.add(k)
+            for axis in masks:
+                masked = (b == 0).all(dim=1 - axis)
+                masks[axis].add(tuple(masked.tolist()))
+                assert masked.sum() <= len(masked) // 5 and (masked[1:] != masked[:-1]).sum() <= 2  # one stretch
+        assert len(shifts) > 40 and len(masks[1]) > 40
+        assert len(masks[0]) > 20 if kind == "log-mel-20" else masks[0] == {(False,) * 20}
+    assert torch.equal(train.augmented(x, train.parse(["--no-augment"])), x)
 
 
-def test_multiply_accumulates():
-    """Convolutions and linear layers against torch's counter, recurrent ones by hand."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    net = Network(channels=4, cnn_cells=3, seq_cells=0, nodes=2, stem_stride=2, genotype=random_genotype(kinds=("normal", "reduce"))).eval()
-    with FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, 1, 20, 32))
-    assert train.macs(net, (20, 32)) == counter.get_total_flops() // 2
-    lstm = train.Baseline("lstm", 4, 20)  # two layers, two directions, four gates, width 64; 10 frames
-    assert train.macs(lstm, (20, 10)) == 10 * 2 * 4 * 64 * ((20 + 64) + (128 + 64)) + 128 * 4
-    rnn = nn.Sequential(nn.Flatten(1, 2), emodarts.Recurrent(32, layer=nn.RNN, layers=2))
-    assert train.macs(rnn, (20, 32)) == 20 * 2 * 2 * 32 * 32
+# The two loops -------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_nothing_to_learn_is_held_back():
-    """For a share of the utterances pooling and skipping add nothing, for the others they add more: the same mean."""
-    ops = {name: emodarts.CNN_OPS[name](4, 1, False) for name in ("none", "skip_connect", "dil_conv_3x3")}
-    edge, x, weight = MixedOp(ops).train(), torch.randn(400, 4, 3, 5), torch.tensor([0.2, 0.5, 0.3])
-    with emodarts.without_statistics(edge):
-        rest = weight[2] * ops["dil_conv_3x3"](x)
-        share = ((edge(x, weight, p_drop=0.3) - rest) / x).mean(dim=(1, 2, 3))
-    dropped = share.abs() < 1e-3
-    assert 80 < dropped.sum() < 160  # 120 +- 4 standard deviations
-    torch.testing.assert_close(share[~dropped], torch.full_like(share[~dropped], 0.5 / 0.7), rtol=1e-2, atol=0)
-    assert torch.equal(edge.eval()(x, weight, p_drop=0.3), edge(x, weight))
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_training_is_the_plain_loop(cwd, tmp_path, scale):
+    options = train.parse([*TINY, "--scale", scale, "--no-augment"])
+    data, (fold, *_) = loaded(options, double=True)
+    members, labels = fold.train[1:], data.labels[fold.validation]
+    net = train.network(options, 3, emodarts.random_genotype(train.network(options, 3))).double()
+    plain, keep = copy.deepcopy(net), keeper(options, tmp_path, "train")
+    train.train(net, data, members, fold.validation, options, keep)
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.003, weight_decay=0.05)
+    if scale == "paper":
+        optimizer = torch.optim.SGD(plain.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    weight = torch.tensor(len(members) / 3 / np.bincount(data.labels[members]), dtype=torch.float32).double()
+    for epoch, row in enumerate(keep.rows):
+        plain.drop_path, losses = (0.2 if scale == "paper" else 0) * epoch / 2, []
+        for step, (window, target) in enumerate(data.order(members, 5, 0, 0, "train", epoch)):
+            torch.manual_seed(train.place(0, 0, "train", epoch, step, 0))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(plain.train()(data.maps(window)), target, weight, label_smoothing=0.1)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 5)
+            optimizer.step()
+            losses.append(loss.item())
+        right = train.predict(plain, data, fold.validation).argmax(1) == labels
+        seen = {"lr": schedule.get_last_lr()[0], "loss": np.mean(losses), "val_wa": right.mean(),
+                "val_ua": np.mean([right[labels == c].mean() for c in range(3)])}
+        assert {name: row[name] for name in seen} == pytest.approx(seen, abs=1e-6)
+        schedule.step()
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
-def test_the_alphas_wait_for_the_weights():
-    listing, data = tiny_data()
-    fold = folds(listing)[0]
-    data.standardise_by(fold.train)
-    moved = []
-    for warm_up in ("2", "1"):
-        options, rows = tiny_options("--warm-up", warm_up), []
-        net = train.network(options, 4)
-        before = [alpha.detach().clone() for alpha in net.alphas()]
-        train.search(net, data, fold.train, options, lambda **row: rows.append(row))
-        moved.append(any(not torch.equal(a, b) for a, b in zip(before, net.alphas())))
-        assert ["alpha_loss" in row for row in rows] == [warm_up == "0", warm_up != "2"]
-    assert moved == [False, True]
+@pytest.mark.parametrize("relaxation", ["softmax", "sample"])
+def test_a_search_is_the_plain_loop(cwd, tmp_path, relaxation):
+    """One epoch moves the weights only, one both in turn, each on its half."""
+    net, plain, rows = searched(tmp_path, "--relaxation", relaxation, "--no-augment", "--alpha-lr", "0.05")
+    data, parts = loaded(train.parse(TINY), double=True)
+    halves = dict(zip(("weights", "alphas"), train.halves(parts[0].train, data.labels, 0, 0, "halves")))
+    loss = partial(F.cross_entropy, weight=data.class_weights(parts[0].train), label_smoothing=0.1)
+    weights = torch.optim.AdamW(plain.weights(), weight_decay=0.05)
+    alphas = torch.optim.Adam(plain.alphas(), 0.05, (0.5, 0.999), weight_decay=1e-3)
+    for epoch, lr in enumerate([0.003, 0.002]):  # half way from 0.003 to 0.001
+        orders = [data.order(half, 3, 0, 0, "search", epoch, name) for name, half in halves.items()]
+        for step, ((window, target), (for_alpha, alpha_target)) in enumerate(zip(*orders)):
+            torch.manual_seed(train.place(0, 0, "search", epoch, step, 0))
+            plain.train().draws = train.generator(0, 0, "search", epoch, step, "operations")
+            if epoch:
+                with without_statistics(plain):
+                    value = loss(plain(data.maps(for_alpha)), alpha_target)
+                for alpha, g in zip(plain.alphas(), torch.autograd.grad(value, plain.alphas(), materialize_grads=True)):
+                    alpha.grad = g
+                alphas.step()
+            weights.zero_grad()
+            loss(plain(data.maps(window)), target).backward(inputs=plain.weights())
+            torch.nn.utils.clip_grad_norm_(plain.weights(), 5)
+            weights.param_groups[0]["lr"] = lr
+            weights.step()
+    assert ["alpha_loss" in row for row in rows] == [False, True]
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
-def test_poison_moves_a_share_of_the_test_speakers():
-    listing, data = tiny_data()
-    fold = folds(listing)[0]
-    moved = train.poisoned(fold, train.parse(["--poison", "0.5"]), data.labels)
-    assert moved.validation == fold.validation and sorted(moved.train + moved.test) == sorted(fold.train + fold.test)
-    assert Counter(data.labels[moved.test]) == {0: 1, 1: 1, 2: 1, 3: 1}  # of two a class
+def test_the_size_penalty_makes_operations_small(cwd, tmp_path):
+    sizes = []
+    for penalty in ("0", "1e4"):
+        net, before, _ = searched(tmp_path / penalty, *f"--size-penalty {penalty} --alpha-lr 0.1 --search-epochs 4".split())
+        sizes.append(expected_parameters(net).item() / expected_parameters(before).item())
+    assert sizes[1] < 0.8 < sizes[0]
 
 
-def test_comparison_by_hand(tmp_path, capsys):
-    """Three folds of two utterances, two seeds: means, deviations, the paired test, the ensemble, the choice by validation."""
-    logits = {"emodarts-seed0": [[2, 0], [1, 0]], "emodarts-seed1": [[0, 1], [0, 3]], "cnn-seed0": [[3, 0], [2, 0]], "cnn-seed1": [[3, 0], [2, 0]]}
-    ua_of = {"emodarts-seed0": [0.8, 0.6, 1.0], "emodarts-seed1": [0.6, 0.6, 0.7], "cnn-seed0": [0.5, 0.2, 0.4], "cnn-seed1": [0.5, 0.4, 0.7]}
-    validation = {"emodarts-seed0": [0.1, 0.9, 0.1], "emodarts-seed1": [0.2, 0.1, 0.2]}
-    for name, values in ua_of.items():
-        entries = []
-        for k, value in enumerate(values):
-            (tmp_path / name / f"fold{k}").mkdir(parents=True)
-            p = torch.tensor(logits[name], dtype=torch.float64).softmax(1)
-            rows = [f"u{n},{label},x,{a:.9g},{b:.9g}" for n, (label, (a, b)) in enumerate(zip("ab", p.tolist()))]
-            (tmp_path / name / f"fold{k}" / "predictions.csv").write_text("\n".join(["utterance,label,predicted,a,b", *rows]))
-            about = {"parameters": 10, "macs": 2e6, "peak_gb": 1.0, "seconds": {"search": 1, "training": 2}}
-            entries.append({"fold": k, "ua": value, "wa": value / 2, "validation_ua": validation.get(name, [0] * 3)[k], **about})
-        (tmp_path / name / "results.json").write_text(json.dumps({"folds": entries, "notes": ["a note"]}))
-    options = train.parse(["--compare", "--seeds", "2"])
-    train.compared(options, tmp_path, [("emodarts", 0), ("cnn", 0), ("emodarts", 1), ("cnn", 1)])
-    rows = {row["model"]: row for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]}
-    ours, theirs = [0.7, 0.6, 0.85], [0.5, 0.3, 0.55]
-    assert rows["emodarts"]["ua"] == pytest.approx(statistics.mean(ours)) and rows["cnn"]["wa"] == pytest.approx(statistics.mean(theirs) / 2)
-    assert rows["emodarts"]["ua_std_folds"] == pytest.approx(statistics.stdev(ours))
-    assert rows["emodarts"]["ua_std_seeds"] == pytest.approx(statistics.stdev([0.8, 1.9 / 3]))
-    assert rows["cnn"]["p"] == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue) and rows["emodarts"]["p"] is None
-    # Summed logits: [2, 1], [1, 3]: both right, though each seed alone has one wrong.
-    assert rows["emodarts, ensemble"]["ua"] == 1.0
-    assert rows["cnn, ensemble"]["ua"] == 0.5 and rows["cnn, ensemble"]["p"] is None  # three times the same difference: 0.5
-    assert rows["emodarts, best seed by validation"]["ua"] == pytest.approx(statistics.mean([0.6, 0.6, 0.7]))
-    said = capsys.readouterr().out
-    assert "a note" in said and said.index("| emodarts") < said.index("| cnn") and all(line in said for line in (tmp_path / "comparison.md").read_text().splitlines())
+def test_a_search_augments_the_maps_that_move_weights_and_no_others(cwd, tmp_path, monkeypatch):
+    seen, real, step = {"weights": set(), "alphas": set()}, train.augmented, train.Architect.step
+
+    def sums(x):  # a map is known by its sum
+        return {f"{total:.3f}" for total in x.sum((1, 2, 3)).tolist()}
+
+    def spy(x, options):
+        seen["weights"] |= sums(x)
+        return real(x, options) + 100
+
+    def spy_step(self, val, batch, xi):
+        seen["alphas"] |= sums(val[0])
+        assert xi == pytest.approx(0.003) and batch[0].min() > 50 > val[0].max()
+        return step(self, val, batch, xi=xi)
+
+    monkeypatch.setattr(train, "augmented", spy)
+    monkeypatch.setattr(train.Architect, "step", spy_step)
+    searched(tmp_path, "--warm-up", "0", "--search-epochs", "1")
+    data, parts = loaded(train.parse(TINY))
+    for name, half in zip(seen, train.halves(parts[0].train, data.labels, 0, 0, "halves")):
+        assert seen[name] == sums(data.maps(data.windows(half)[0]))
 
 
-def test_parts_of_a_comparison_that_others_compute_are_left_for_later(tmp_path, monkeypatch):
-    """... and the searches come first; when what another process worked on is done, it is not computed again."""
-    calls, busy = [], iter([["fold0 (process 1)"], []])
+def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path):
+    """Their features become NaN and their labels others: search and training give the same bits."""
 
-    def run_one(options, work, argv, stop, again):
-        calls.append(Path(options.out).name)
-        return next(busy) if calls[-1] == "emodarts-seed0" else []
+    def models(others, name):
+        data, parts = loaded(train.parse(TINY), others)
+        data.labels[others] = (data.labels[others] + 1) % 3
+        job = train.Job(train.parse(TINY), 0, tmp_path / name)
+        job.folder.mkdir()
+        train.run_fold(job, data, parts, None, train.Progress([job]))
+        model = torch.load(job.folder / "model.pt", weights_only=True)
+        return model["genotype"], [t.tolist() for t in (*model["weights"].values(), *model["statistics"].values())]
 
-    listing = tiny_data()[0]
-    monkeypatch.setattr(train, "run_one", run_one)
-    monkeypatch.setattr(train, "check", lambda options: (listing, [0, 1], torch.device("cpu")))
-    monkeypatch.setattr(train, "compared", lambda options, folder, plan: calls.append(len(plan)))
-    train.run(["--compare", "--seeds", "2", "--randoms", "1", "--out", str(tmp_path)], None)
-    assert calls[:2] == ["emodarts-seed0", "emodarts-seed1"] and len(set(calls)) == 12 and calls[-2:] == ["emodarts-seed0", 11]
-
-
-def command(*arguments, cwd, code=0):
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    fold = loaded(train.parse(TINY))[1][0]
+    assert models([], "clean") == models(fold.validation + fold.tests["a"], "others")
+    with pytest.raises(train.NotFinite):  # the oracle sees something: a training utterance does matter
+        models(fold.train[:1], "spoilt")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The real command, twice with one seed."""
-    cwd = tmp_path_factory.mktemp("run")
-    sizes = "--channels 2 --cnn-cells 3 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 2 --seq-space rnn --features mfcc --coefficients 40 --window 2"
-    outs = [command(HERE / "train.py", *sizes.split(), "--out", out, cwd=cwd).stdout for out in ("one", "two")]
-    return cwd, outs
+def test_every_place_has_a_seed_of_its_own(cwd, tmp_path, monkeypatch):
+    """No random number is drawn twice: seed, fold, stage, epoch and step all count."""
+    seeds, real, generator = [], torch.manual_seed, train.generator
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    monkeypatch.setattr(train, "generator", lambda *where: seeds.append(train.place(*where)) or generator(*where))
+    assert train.main([*TINY, "--folds", "0,1", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    epochs = 2 * (2 + 3 + 3) + 2 * (1 + 6)  # of the search: two orders, three steps, three draws; of the training
+    assert len(seeds) == len(set(seeds)) == 4 * (1 + epochs + 2)  # and the halves, and the first weights
 
 
-def test_the_command_leaves_what_it_promises(finished):
-    cwd, (out, _) = finished
-    results = json.loads((cwd / "one" / "results.json").read_text())
-    assert [fold["test"] for fold in results["folds"]] == [["03"], ["04"]]
-    assert "pooled" in out and "reduce cell" in out and "smoke test" in out
-    pooled = np.zeros((4, 4), int)
-    for fold in results["folds"]:
-        folder = cwd / "one" / f"fold{fold['fold']}"
-        genotype = Genotype.from_json((folder / "genotype.json").read_text())
-        assert json.loads(genotype.to_json()) == fold["genotype"]
-        rows = list(csv.DictReader(open(folder / "predictions.csv")))
-        assert len(rows) == 28 and {row["utterance"][4:6] for row in rows} == set(fold["test"])
-        right = {c: [row["predicted"] == c for row in rows if row["label"] == c] for c in features.CLASSES}
-        assert fold["wa"] == pytest.approx(sum(map(sum, right.values())) / 28)
-        assert fold["ua"] == pytest.approx(np.mean([np.mean(r) for r in right.values()]))
-        pooled += np.array(fold["confusion"])
-        log = list(csv.DictReader(open(folder / "log.csv")))
-        assert [(row["stage"], row["epoch"]) for row in log] == [("search", "1"), ("train", "1"), ("train", "2")]
-    assert results["wa"]["pooled"] == pytest.approx(pooled.trace() / 56)
-    values = [fold["ua"] for fold in results["folds"]]
-    assert results["ua"]["mean"] == pytest.approx(np.mean(values))
-    assert results["ua"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-    settings = json.loads((cwd / "one" / "settings.json").read_text())
-    assert settings["options"]["seed"] == 0 and settings["torch"] == torch.__version__ and "commit" in settings
+@pytest.mark.parametrize("model", train.BASELINES)
+def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(model):
+    net, x = train.Baseline(model, 4, 24).eval(), torch.randn(5, 1, 24, 32)
+    torch.testing.assert_close(net(x[[3, 1]]), net(x)[[3, 1]], rtol=1e-4, atol=1e-5)
+    assert (net(x.flip(3)) - net(x)).abs().max() > 1e-4  # the order of time counts
+    assert net(torch.randn(2, 1, 24, 100)).shape == (2, 4)
 
 
-def test_the_model_file_is_whole(finished):
-    """Model, features and statistics in one file, loaded without executing anything, give the predictions again."""
-    cwd, _ = finished
-    model = torch.load(cwd / "one" / "fold1" / "model.pt", weights_only=True)
-    net = Network(classes=len(model["classes"]), genotype=Genotype.from_json(model["genotype"]), **model["sizes"])
-    net.load_state_dict(model["weights"])
-    net.eval()
-    settings = Settings(**model["features"])
-    for row in list(csv.DictReader(open(cwd / "one" / "fold1" / "predictions.csv")))[:5]:
-        cut = features.windows(features.read_wav(cwd / "data" / "smoke" / row["utterance"]), settings)
-        maps = torch.stack([features.transform(settings)(torch.from_numpy(window)) for window in cut])  # (W, F, T)
+def test_the_random_genotype_is_a_function_of_the_seed():
+    drawn = [train.given_genotype(train.parse([*TINY, "--model", "random", "--seed", seed])) for seed in "00123"]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4
+
+
+def test_the_gap_is_that_between_the_supernet_and_the_network_of_its_genotype(cwd, tmp_path):
+    net, _, _ = searched(tmp_path)
+    data, _ = loaded(train.parse(TINY), double=True)
+    genotype, members, before = emodarts.derive(net), range(40), copy.deepcopy(net.state_dict())
+    derived = train.network(train.parse(TINY), 3, genotype).double()  # its norms still have scale 1 and shift 0
+    derived.load_state_dict({name: t for name, t in before.items() if name in derived.state_dict()}, strict=False)
+    found = train.decision(net, genotype, data, members)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    windows, of = data.windows(members)
+    for network, name in ((net, "ua_all_operations"), (derived, "ua_of_genotype")):
+        for module in network.eval().modules():
+            module.training = isinstance(module, nn.BatchNorm2d)
         with torch.no_grad():
-            p = net(((maps - model["statistics"]["mean"]) / model["statistics"]["std"])[:, None]).mean(0).softmax(0)
-        np.testing.assert_allclose(p, [float(row[c]) for c in model["classes"]], atol=1e-4)
+            logits = network(data.maps(windows))
+        right = np.array([logits[of == i].mean(0).argmax() == data.labels[i] for i in members])
+        assert found[name] == pytest.approx(np.mean([right[data.labels == c].mean() for c in range(3)]))
+    edges = [edge.detach().softmax(0) for alpha in net.alphas() for edge in alpha]
+    assert found["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(p) / math.log(len(p)) for p in edges]))
 
 
-def test_a_second_corpus_is_tested_with_the_same_model(finished, monkeypatch, capsys):
-    """A csv that names the recordings of fold 0's test speaker must give fold 0's own figures again."""
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    letters = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad"}
-    names = sorted(path.name for path in (cwd / "data" / "smoke" / "wav").glob("03*.wav"))
-    (cwd / "three.csv").write_text("path,label,speaker\n" + "".join(f"data/smoke/wav/{n},{letters[n[5]]},03\n" for n in names))
-    options = json.loads((cwd / "one" / "settings.json").read_text())["command"].split()[2:-1]
-    for normalise in ("train", "speaker"):
-        more = ["--folds", "0", "--test-dataset", "csv", "--test-root", "three.csv", "--normalise", normalise]
-        assert train.main([*options[:-1], "--out", f"cross-{normalise}", *more]) == 0
-        results = json.loads((cwd / f"cross-{normalise}" / "results.json").read_text())
-        assert results["cross"]["folds"][0]["confusion"] == results["folds"][0]["confusion"]
-        assert ("unlabelled audio" in capsys.readouterr().out) == (normalise == "speaker") == bool(results["notes"][1:])
-        assert results["protocol"] == "standard" and results["normalise"] == normalise
-    probabilities = [(cwd / run / "fold0" / "predictions.csv").read_text() for run in ("one", "cross-train", "cross-speaker")]
-    assert probabilities[0] == probabilities[1] != probabilities[2]
+# What a command leaves -----------------------------------------------------------------------------------------------
 
 
-def test_both_test_sets_of_msp_podcast_are_scored_by_one_training(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    msp_podcast(tmp_path / "Audio", tmp_path / "labels_consensus.csv", each=1)
-    for k, path in enumerate(features.below(tmp_path / "Audio", r".*\.wav")):
-        tone(path, 0.2, frequency=200 + 10 * k)
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --seq-space rnn --window 1 --batch 4"
-    assert train.main(["--dataset", "msp-podcast", "--root", ".", "--scale", "small", "--out", "run", *sizes.split()]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    test1, test2 = results["folds"]
-    assert (test1["name"], test2["name"]) == ("test1", "test2") and test1["trained_as"] == test2["trained_as"] == 0
-    assert test1["genotype"] == test2["genotype"] and results["ua"] == {"mean": None, "std": None, "pooled": None}
-    assert (tmp_path / "run" / "fold0" / "model.pt").exists() and not (tmp_path / "run" / "fold1" / "model.pt").exists()
-    tests = torch.load(tmp_path / "run" / "fold0" / "model.pt", weights_only=True)["test"]
-    assert [(test["name"], test["ua"], test["wa"]) for test in tests] == [(fold["name"], fold["ua"], fold["wa"]) for fold in results["folds"]]
+def test_the_command_leaves_what_it_promises_and_results_are_a_function_of_the_folds(cwd, monkeypatch, capsys):
+    files = [Path("one/results.json"), Path("one/report.md")]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    monkeypatch.setattr(train, "search", None)
+    monkeypatch.setattr(train, "train", None)
+    out, models = said(capsys, *TWO_FOLDS, "one"), said(capsys, "--from", "one").split("one/fold")[1:]
+    assert [file.read_bytes() for file in files] == before
+    results, uas, pooled = json.loads(before[0]), [], np.zeros((3, 3), int)
+    for k, (speaker, validation) in enumerate(("ab", "bc")):
+        fold, rows, log = results["folds"][k], table(f"one/fold{k}/predictions.csv"), table(f"one/fold{k}/log.csv")
+        assert all(row["utterance"].startswith(f"{speaker}-{row['label']}") for row in rows) and len(rows) == 10
+        assert all(row["predicted"] == max(LABELS, key=lambda c: float(row[c])) for row in rows)
+        counts = Counter((row["label"], row["predicted"]) for row in rows)
+        confusion = np.array([[counts[a, b] for b in LABELS] for a in LABELS])
+        uas, pooled, (test,) = [*uas, np.mean(confusion.diagonal() / [3, 3, 4])], pooled + confusion, fold["tests"]
+        assert (test["confusion"], test["speakers"], fold["validation"]) == (confusion.tolist(), [speaker], [validation])
+        assert (test["ua"], test["wa"]) == pytest.approx((uas[-1], confusion.trace() / 10))
+        said_of_it = f"{speaker}: UA {100 * uas[-1]:.1f}, WA {10 * confusion.trace():.1f} of 10 utterances"
+        assert said_of_it in models[k] and str(Genotype(**fold["genotype"])).splitlines()[1] in models[k]
+        assert json.loads(Path(f"one/fold{k}/genotype.json").read_text()) == fold["genotype"]
+        assert [(row["stage"], row["epoch"]) for row in log] == [(stage, e) for stage in ("search", "train") for e in "12"]
+        assert fold["validation_ua"] == float(log[-1]["val_ua"])
+        net = train.read_model(Path(f"one/fold{k}/model.pt"))["net"]
+        assert fold["macs"] == 32 * train.macs(net, (12, 4)) and fold["parameters"] == sum(p.numel() for p in net.parameters())
+    whole = {"mean": np.mean(uas), "std": statistics.stdev(uas), "pooled": train.ua(pooled)}
+    assert results["sets"]["test"]["ua"] == pytest.approx(whole)
+    assert all(re.search(rf"^{name}  .* {100 * value:.1f} ", out, re.MULTILINE) for name, value in whole.items())
+    settings = json.loads(Path("one/settings.json").read_text())
+    assert settings["options"]["seed"] == 0 and settings["versions"]["torch"] == torch.__version__
 
 
-def test_a_bad_recording_stops_the_run_before_training_or_is_named_in_the_results(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = ["path,label,speaker"]
-    for k, (speaker, label) in enumerate(itertools.product("abc", ("calm", "tense"))):
-        for n in range(2):
-            rows.append(f"{tone(Path(f'{speaker}{label}{n}.wav'), 0.2, frequency=200 + 50 * k)},{label},{speaker}")
-    Path("bcalm2.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    Path("mine.csv").write_text("\n".join([*rows, "bcalm2.wav,calm,b"]))
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --seq-space rnn --window 1 --batch 2"
-    arguments = ["--dataset", "csv", "--root", "mine.csv", "--out", "run", *sizes.split()]
-    assert train.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "1 of 13 recordings" in said and "bcalm2.wav: a git-lfs stub" in said and not list(Path("run").glob("fold*"))
-    assert train.main([*arguments, "--skip-bad", "--out", "run2"]) == 0
-    results = json.loads(Path("run2/results.json").read_text())
-    assert results["classes"] == ["calm", "tense"] and len(results["skipped"]) == 1 and "bcalm2.wav" in results["skipped"][0]
-    assert sum(np.sum(fold["confusion"]) for fold in results["folds"]) == 12
-
-
-def test_statistics_of_each_speaker():
-    listing, data = tiny_data(normalise="speaker")
-    data.standardise_by(None)
-    for speaker in "abcde":
-        window, _ = data.store.windows_of([i for i, u in enumerate(listing.utterances) if u.speaker == speaker])
-        x = data.batch(torch.from_numpy(window))
-        torch.testing.assert_close(x.mean(dim=(0, 1, 3)), torch.zeros(16), atol=1e-5, rtol=0)
-        torch.testing.assert_close(x.std(dim=(0, 1, 3), correction=0), torch.ones(16), atol=1e-5, rtol=0)
-
-
-def without_seconds(value):
-    if isinstance(value, dict):
-        return {name: without_seconds(v) for name, v in value.items() if name not in ("seconds", "peak_gb")}
-    return [without_seconds(v) for v in value] if isinstance(value, list) else value
-
-
-def test_the_same_seed_gives_the_same_run(finished):
-    cwd, _ = finished
-    one, two = (without_seconds(json.loads((cwd / run / "results.json").read_text())) for run in ("one", "two"))
-    assert one == two
-    for fold in ("fold0", "fold1"):
-        for file in ("genotype.json", "predictions.csv"):
-            assert (cwd / "one" / fold / file).read_bytes() == (cwd / "two" / fold / file).read_bytes()
-        logs = [[without_seconds(row) for row in csv.DictReader(open(cwd / run / fold / "log.csv"))] for run in ("one", "two")]
-        assert logs[0] == logs[1]
-        models = [torch.load(cwd / run / fold / "model.pt", weights_only=True)["weights"] for run in ("one", "two")]
-        assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
-    for fold in one["folds"]:  # but the two folds, with random streams of their own, differ
-        assert fold["genotype"] == two["folds"][fold["fold"]]["genotype"]
-    assert one["folds"][0]["confusion"] != one["folds"][1]["confusion"] or one["folds"][0]["genotype"] != one["folds"][1]["genotype"]
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (("--dataset", "emodb"), "no utterance of emodb in data/emodb.*--root DIR"),
-        (("--dataset", "emodb", "--root", "nowhere"), "no such folder"),
-        (("--dataset", "enterface"), "invalid choice: 'enterface'"),
-        (("--folds", "7"), "--folds is '7', expected numbers from 0 to 5"),
-        (("--folds", "one"), "--folds is 'one'"),
-        (("--epochs", "0"), "--epochs is 0, expected at least 1"),
-        (("--cnn-cells", "0"), "cnn_cells is 0, expected at least 1"),
-        (("--coefficients", "200"), "200 coefficients; expected 1 to 128"),
-        (("--window", "0.1"), "multiple of 0.0625 s"),
-        (("--device", "quantum"), "--device quantum cannot be used here"),
-        (("--search", "seq", "--seq-cells", "0"), "--search seq leaves nothing to search"),
-        (("--search-epochs", "3", "--warm-up", "3"), "--warm-up is 3, expected less than --search-epochs, 3"),
-        (("--model", "cnn", "--genotype", "one/fold0/genotype.json"), "--genotype goes with --model emodarts, found --model cnn"),
-        (("--genotype", "nowhere.json"), "--genotype nowhere.json: .*No such file"),
-        (("--poison", "1"), "--poison is 1.0, expected at least 0 and less than 1"),
-        (("--benchmark", "--channels", "0"), "channels is 0, expected at least 1"),
-        (("--benchmark", "--json", "nowhere/b.json"), "--json is nowhere/b.json, in a folder that does not exist"),
-        (("--out", "one"), "one holds a run with other settings: .*channels .2 there, 8 here"),
-    ],
-)
-def test_bad_input_is_one_clear_line(finished, monkeypatch, capsys, arguments, says):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    before = (cwd / "one" / "results.json").read_bytes()
-    try:
-        code = train.main(arguments)
-    except SystemExit as stop:  # argparse's own
-        code = stop.code
-    assert code == 2 and re.search(says, capsys.readouterr().err.splitlines()[-1])
-    assert (cwd / "one" / "results.json").read_bytes() == before
-
-
-def test_the_command_ends_with_code_2(tmp_path):
-    error = command(HERE / "train.py", "--dataset", "emodb", cwd=tmp_path, code=2).stderr
-    assert error.startswith("error: no utterance of emodb in data/emodb") and error.count("\n") == 1
-
-
-def test_the_reference_needs_torch_alone():
-    """emodarts.py imports torch and the standard library, nothing else."""
-    imported = set()
-    for node in ast.walk(ast.parse((HERE / "emodarts.py").read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-        imported |= {name.split(".")[0] for name in names}
-    assert imported - set(sys.stdlib_module_names) == {"torch"}
-
-
-def test_ci_runs_readmes_two_commands():
-    commands = re.findall(r"^pip install .*$", (HERE / "README.md").read_text(), re.MULTILINE)
-    assert len(commands) == 2 and "python train.py" in commands[0] and "pytest" in commands[1]
-    script = (HERE / ".ci" / "run").read_text().splitlines()
-    assert [line for line in script if line.startswith("pip")] == [f"{command} || exit 1" for command in reversed(commands)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For people
-
-
-def said(capsys, *arguments, code=0):
-    assert train.main([*map(str, arguments)]) == code
-    out, err = capsys.readouterr()
-    return out if code == 0 else err
-
-
-def predictions(file):
-    return {row["utterance"]: [float(row[c]) for c in features.CLASSES] for row in csv.DictReader(open(file))}
-
-
-def test_predict_gives_what_the_test_gave(finished, monkeypatch, capsys):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    rows = predictions("one/fold0/predictions.csv")
-    clips = [f"data/smoke/{name}" for name in rows]
-    out = said(capsys, "--predict", *clips, "--from", "one/fold0/model.pt", "--json", "first.json")
-    first = json.loads(Path("first.json").read_text())
-    second = json.loads(said(capsys, "--predict", *clips, "--from", "one/fold1", "--json", "-"))
-    both = json.loads(said(capsys, "--predict", *clips, "--from", "one", "--json", "-"))
-    assert (first["models"], second["models"], both["models"]) == (1, 1, 2) and both["classes"] == list(features.CLASSES)
-    lines = [line for line in out.splitlines() if line.startswith("data")]
-    long = 0
-    for name, clip, line, a, b in zip(rows, first["clips"], lines, second["clips"], both["clips"]):
-        for answers in ((clip, a, b), *zip(clip["windows"], a["windows"], b["windows"])):
-            p, q, mean = ([c["probabilities"][name] for name in features.CLASSES] for c in answers)
-            np.testing.assert_allclose(mean, np.add(p, q) / 2, atol=1e-12)
-        p = [clip["probabilities"][name] for name in features.CLASSES]
-        np.testing.assert_allclose(p, rows[name], atol=2e-6)
-        assert clip["path"] == f"data/smoke/{name}" and line.split()[:2] == [clip["path"], clip["label"]]
-        assert [float(v) for v in re.findall(r"0\.\d{3}|1\.000", line.split(clip["label"], 1)[1])] == [round(v, 3) for v in p]
-        assert clip["label"] == features.CLASSES[np.argmax(p)]
-        length = wavfile.read(clip["path"])[1].size / 16000
-        times = [(w["start"], w["end"]) for w in clip["windows"]]
-        np.testing.assert_allclose(times, [(0, min(2, length))] + [(length - 2, length)] * (length > 2), atol=1e-9)
-        assert clip["seconds"] == pytest.approx(length)
-        long += length > 2
-    assert 0 < long < 28 and len(out.splitlines()) == 28 + 2 * long
-    # A window of a long clip is heard as the same sound alone is.
-    clip = next(clip for clip in first["clips"] if clip["seconds"] > 2.1)
-    wavfile.write("end.wav", 16000, wavfile.read(clip["path"])[1][-32000:])
-    alone = json.loads(said(capsys, "--predict", "end.wav", "--from", "one/fold0/model.pt", "--json", "-"))["clips"][0]
-    assert alone["probabilities"] == pytest.approx(clip["windows"][1]["probabilities"], abs=1e-6)
-
-
-def remade(change, source="one/fold0/model.pt", file="changed.pt"):
-    model = torch.load(source, weights_only=True)
-    change(model)
-    torch.save(model, file)
-    return file
-
-
-def test_a_model_without_statistics_takes_those_of_the_clips(finished, monkeypatch, capsys):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    remade(lambda model: (model.update(statistics=None, normalise="speaker"), model["features"].pop("kind")))  # older models have no kind
-    clips = sorted(map(str, Path("data/smoke/wav").glob("05*.wav")))
-    assert train.main(["--predict", *clips, "--from", "changed.pt", "--json", "-"]) == 0
-    out, err = capsys.readouterr()
-    assert "28 clips are taken as one speaker's" in err and err.count("\n") == 1
-    model = torch.load("changed.pt", weights_only=True)
-    net = Network(classes=4, genotype=Genotype.from_json(model["genotype"]), **model["sizes"])
-    net.load_state_dict(model["weights"])
-    transform = features.transform(Settings(40, 2.0))
-    maps = [torch.stack([transform(torch.from_numpy(w)) for w in features.windows(features.read_wav(clip), Settings(40, 2.0))]) for clip in clips]
-    every = torch.cat(maps).numpy().astype(np.float64)
-    for x, clip in zip(maps, json.loads(out)["clips"]):
-        x = (x.numpy() - every.mean((0, 2))[:, None]) / every.std((0, 2))[:, None]
-        with torch.no_grad():
-            p = net.eval()(torch.from_numpy(x).float()[:, None]).mean(0).softmax(0)
-        np.testing.assert_allclose(p, list(clip["probabilities"].values()), atol=2e-3)  # as the features are rounded to float16
-
-
-def test_the_model_says_what_it_is(finished, monkeypatch, capsys):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    out, results = said(capsys, "--from", "one"), json.loads(Path("one/results.json").read_text())
-    assert re.findall(r"^one/.*", out, re.MULTILINE) == ["one/fold0/model.pt", "one/fold1/model.pt"]
-    for fold, text in zip(results["folds"], out.split("one/fold")[1:]):
-        rows = list(csv.DictReader(open(f"one/fold{fold['fold']}/predictions.csv")))
-        recalls = [np.mean([r["predicted"] == c for r in rows if r["label"] == c]) for c in features.CLASSES]
-        assert f"{fold['name']}: UA {100 * np.mean(recalls):.1f}, WA {100 * np.mean([r['predicted'] == r['label'] for r in rows]):.1f} of 28" in text
-        assert f"torch {torch.__version__}" in text and "angry, happy, neutral, sad" in text and "smoke, protocol standard" in text
-        assert f"{fold['parameters']:,}" in text and "40 mfcc, windows of 2 s" in text
-        assert fold["macs"] == 4 * train.macs(train.read_model(Path(f"one/fold{fold['fold']}/model.pt"))["net"], (40, 32))  # of 8 s
-        for kind, cell in fold["genotype"].items():
-            assert all(f"{op}({j})" in text.split(f"{kind} cell")[1].split("output =")[0] for node in cell for op, j in node)
-
-
-def test_models_and_clips_that_cannot_be_used_are_one_clear_line(finished, monkeypatch, capsys):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    clip, good = "data/smoke/wav/03a01Fa.wav", Path("one/fold0/model.pt").read_bytes()
-    weights = torch.load("one/fold0/model.pt", weights_only=True)["weights"]
-    nan = {name: t * math.nan if t.is_floating_point() else t for name, t in weights.items()}
-    other = Network(**SMALL, genotype=random_genotype()).state_dict()
-    for name, change in {
-        "code": dict(classes=Evil()), "format": dict(format="emodarts-9"), "classes": dict(classes=["a", "b"]), "escape": dict(classes=["a", "b", "c", "\x1b[2J"]),
-        "weights": dict(weights=other), "nan": dict(weights=nan),
-        "genotype": dict(genotype='{"seq": [[["lstm_9", 0]]]}'), "large genotype": dict(genotype=json.dumps(dict.fromkeys(("reduce", "normal", "seq"), [NODE] * 2000))),
-        "huge": dict(sizes={**SMALL, "bands": 2, "dropout": 0.3, "cnn_cells": 10**9}), "wide": dict(sizes={**SMALL, "bands": 2, "dropout": 0.3, "channels": 10**12}),
-        "low": dict(features={"coefficients": 1, "window": 2.0}, statistics={"mean": torch.zeros(1, 1), "std": torch.ones(1, 1)}),
-        "window": dict(features={"coefficients": 40, "window": 1e9}), "kind": dict(features={"coefficients": 40, "kind": "raw"}),
-        "new": dict(features={"coefficients": 40, "pitch": 1}), "fraction": dict(features={"coefficients": 40.0}),
-        "statistics": dict(statistics={"mean": torch.zeros(40, 1), "std": torch.zeros(40, 1)}), "no statistics": dict(statistics=None),
-        "tests": dict(test=[{"name": "a", "ua": "b"}]), "trained": dict(trained_on=None), "list": None,
-    }.items():  # fmt: skip
-        file = Path(remade(lambda model: model.clear() if change is None else model.update(change), file=f"{name}.pt"))
-        started = time.perf_counter()
-        for arguments in (("--from", file), ("--from", file, "--predict", clip)):
-            err = said(capsys, *arguments, code=2)
-            assert err.startswith(f"error: {file} is damaged") and err.count("\n") == 1 and "name a run folder" in err and "\x1b" not in err, err
-        assert time.perf_counter() - started < 5, name
-    for name, content in {"cut": good[:-1000], "flipped": good[:3000] + b"x" + good[3001:], "text": b"hello", "pickle": pickle.dumps(Evil())}.items():
-        Path(name).write_bytes(content)
-        err = said(capsys, "--predict", clip, "--from", name, code=2)
-        assert err.startswith(f"error: {name} is damaged") and err.count("\n") == 1, err
-    assert not Path("executed").exists()
-    Path("mixed/fold0").mkdir(parents=True)
-    Path("mixed/fold1").mkdir()
-    Path("mixed/fold0/model.pt").write_bytes(good)
-    remade(lambda model: model.update(classes=model["classes"][::-1]), file="mixed/fold1/model.pt")
-    for arguments, says in (
-        (("--from", "nowhere"), "nowhere, where no model is; expected a run folder"), (("--from", "data"), "where no model is"),
-        (("--from", "mixed", "--predict", clip), "differ in their classes"), (("--predict", clip), "--predict CLIP ... needs --from RUN"),
-        (("--from", "one", "--json", "a"), "--json goes with both"), (("--from", "one", "--predict", "nowhere.wav"), "nowhere.wav: no such file"),
-        (("--from", "one", "--predict", "text"), "text: not a readable wav"), (("--from", "one", "--predict", clip, "--json", "no/where"), "No such file"),
-    ):  # fmt: skip
-        err = said(capsys, *arguments, code=2)
-        assert err.startswith("error: ") and says in err and err.count("\n") == 1, err
-    err = said(capsys, "--from", "one", "--predict", "text", clip, "nowhere.wav", code=2)  # all of them at once
-    assert "2 of 3 clips" in err and "text" in err and "nowhere.wav" in err
-
-
-def test_agreement_by_hand():
-    cells = [
-        [[["lstm_1", 0], ["lstm_2", 1]], [["rnn_1", 0], ["rnn_1", 2]]],
-        [[["lstm_1", 0], ["lstm_1", 1]], [["rnn_2", 0], ["rnn_1", 1]]],
-        [[["lstm_1", 0], ["lstm_2", 1]], [["rnn_1", 0], ["rnn_1", 1]]],
-    ]
-    assert train.agreement(cells) == {
-        (0, 2): {"lstm_1": 3}, (1, 2): {"lstm_1": 1, "lstm_2": 2}, (0, 3): {"rnn_1": 2, "rnn_2": 1}, (1, 3): {"rnn_1": 2}, (2, 3): {"rnn_1": 1},
-    }  # fmt: skip
-
-
-def test_the_report_shows_what_was_found(finished, tmp_path):
-    """Graphs are parsed back; tables and curves are compared with the files that they are made of."""
-    cwd, _ = finished
-    folder, settings = tmp_path / "run", json.loads((cwd / "one" / "settings.json").read_text())
-    assert (cwd / "one" / "report.md").exists()
-    results = json.loads((cwd / "one" / "results.json").read_text())
-    found = [fold["genotype"] for fold in results["folds"]]
-    skips = {kind: [[["skip_connect", 0], ["skip_connect", 1]]] for kind in found[0]}
-    results["folds"] = [{**results["folds"][k], "fold": n, "trained_as": n, "genotype": g} for n, (k, g) in enumerate([(0, found[0]), (1, skips), (1, skips)])]
-    results["classes"][0] = "an|gry<script>"
-    folder.mkdir()
-    for n, k in enumerate((0, 1, 1)):
-        (folder / f"fold{n}").mkdir()
-        (folder / f"fold{n}" / "log.csv").write_bytes((cwd / "one" / f"fold{k}" / "log.csv").read_bytes())
-    (folder / "settings.json").write_text(json.dumps(settings))
-    (folder / "results.json").write_text(json.dumps(results))
-    train.write_report(folder)
-    text = (folder / "report.md").read_text()
-    graphs, open_part = re.findall(r"```mermaid\n(graph LR.*?)```", text, re.DOTALL), text.split("<details>")[0]
-    cells = [(re.search(r"(\w+): input 0", g)[1], {(int(j), int(i), op) for j, op, i in re.findall(r'^ *s(\d+) -->\|"(\w+)"\| s(\d+)$', g, re.M)}) for g in graphs]
-    expected = [(kind, {(j, i, op) for i, node in enumerate(cell, 2) for op, j in node}) for g in (skips, found[0]) for kind, cell in g.items()]
-    assert cells == expected and open_part.count("graph LR") == len(skips) and "folds 1, 2" in open_part  # the most frequent one stands first and open
-    assert all(set(re.findall(r"s(\d+) --> out", g)) == {"2"} for g in graphs)
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
-    for fold in results["folds"]:
-        assert [str(fold["fold"]), fold["name"], fold["validation"][0], "28", f"{100 * fold['ua']:.1f}", f"{100 * fold['wa']:.1f}"] in rows
-    pooled = sum(np.array(fold["confusion"]) for fold in results["folds"])
-    assert ["**sad**", *map(str, pooled[3]), f"{100 * pooled[3, 3] / pooled[3].sum():.1f}"] in rows
-    assert ["1", *["2 of 2"] * len(skips)] in rows and "<script>" not in text and r"an\|gry\<script\>" in text
-    assert text.count("| **any: kept** | 100 | 100 |\n| kept by chance | 100 | 100 |") == len(skips)
-    for kind in skips:
-        table = text.split(f"### {kind} cell")[1].split("**any")[0]
-        skipped = [1 + 1 + (found[0][kind][0][j][0] == "skip_connect") for j in (0, 1)]
-        assert f"| `skip_connect` | {100 * skipped[0] / 3:.0f} | {100 * skipped[1] / 3:.0f} |" in table
-    logs = [[row for row in csv.DictReader(open(folder / f"fold{n}" / "log.csv"))] for n in range(3)]
+def test_the_report_shows_what_was_found(cwd):
+    results, text = json.loads(Path("one/results.json").read_text()), Path("one/report.md").read_text()
+    cells, found = [], results["folds"]
+    for graph in re.findall(r"graph LR\n(.*?)```", text, re.DOTALL):
+        edges = re.findall(r'^ *s(\d) -->\|"(\w+)"\| s(\d)$', graph, re.MULTILINE)
+        cells.append((re.search(r"(\w+): input 0", graph)[1], [[[op, int(j)] for j, op, _ in edges]]))
+    assert cells == [(kind, cell) for fold in found for kind, cell in fold["genotype"].items()]
+    logs = [table(f"one/fold{k}/log.csv") for k in (0, 1)]
     (points,) = re.findall(r"UA of the validation.*?line \[(.*?)\]", text, re.DOTALL)
-    means = [100 * np.mean([float(log[1 + epoch]["val_ua"]) for log in logs]) for epoch in (0, 1)]
+    means = [50 * sum(float(log[2 + epoch]["val_ua"]) for log in logs) for epoch in (0, 1)]
     assert [float(v) for v in points.split(", ")] == pytest.approx(means, rel=1e-3)
-    assert f"mean {np.mean([float(log[0]['entropy']) for log in logs]):.5f}" in text
-    assert "    " + settings["command"] in text and all(f"| {train.plain(name)} |" in text for name in settings["options"])
-    seconds = results["folds"][0]["seconds"]
-    assert ["0", f"{results['folds'][0]['parameters']:,}", f"{seconds['search']:,.0f}", f"{seconds['training']:,.0f}"] in rows
-    (folder / "fold0" / "log.csv").write_text("stage,loss\nsearch,x\n")
-    with pytest.raises(InputError, match="log.csv is damaged.*delete it, and the report goes without it"):
-        train.write_report(folder)
+    pooled = sum(np.array(fold["tests"][0]["confusion"]) for fold in found)[2]
+    assert f"| sad | {' | '.join(map(str, pooled))} | {100 * pooled[2] / 8:.1f} |" in text
+    means = [np.mean([decision[key] for decision in (fold["decision"] for fold in found)]) for key in found[0]["decision"]]
+    gap, agreement = results["decided"]
+    assert f"{means[0]:.4f}. " in gap and f" {100 * means[1]:.1f}, with those of the genotype alone {100 * means[2]:.1f}" in gap
+    common = train.agreement([fold["genotype"] for fold in found], train.parse(TINY))["common"]
+    assert f"have {common:.1f} of 6 edges in common" in agreement and gap in text and agreement in text
+    assert train.plain("an|gry<script>") == r"an\|gry\<script\>"
 
 
-def test_a_finished_run_writes_its_report_again(finished, monkeypatch, capsys):
-    cwd, _ = finished
-    monkeypatch.chdir(cwd)
-    before = Path("one/report.md").read_bytes()
-    Path("one/report.md").unlink()
-    argv = json.loads(Path("one/settings.json").read_text())["command"].split()[2:]
-    loud = said(capsys, *argv).splitlines()
-    assert Path("one/report.md").read_bytes() == before
-    assert said(capsys, *argv, "--quiet").splitlines() == loud[1:] and loud[0].startswith("one is finished")
+def test_a_fold_is_a_function_of_its_seed(cwd):
+    for seed in "01":
+        assert train.main([*TINY, "--folds", "1", "--out", f"alone{seed}", "--seed", seed]) == 0
+    one, same, other = left("one/fold1"), left("alone0/fold1"), left("alone1/fold1")
+    assert one == same and all(one[name] != other[name] for name in ("log.csv", "model.pt", "predictions.csv"))
 
 
-def test_a_quiet_run_prints_its_results_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    sizes = "--channels 2 --cnn-cells 2 --nodes 1 --seq-cells 0 --stem-stride 4 --search-epochs 1 --warm-up 0 --epochs 1 --window 0.5 --folds 0"
-    lines = said(capsys, *sizes.split(), "--quiet", "--out", "run").splitlines()
-    assert lines[0] == "smoke, protocol standard" and lines[1].startswith("fold ") and lines[2].startswith("0 ") and len(lines) == 8, lines
+def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
+    rows, split = ["FileName,EmoClass,SpkrID,Split_Set"], dict(a="Test1", b="Test2", c="Development", d="Train")
+    for row in table("mine.csv"):
+        code = "N" if row["path"][2:6] == "sad0" else dict(glad="H", mad="A", sad="S")[row["label"]]
+        (tmp_path / f"MSP-PODCAST_{row['path']}").symlink_to(cwd / row["path"])
+        rows.append(f"MSP-PODCAST_{row['path']},{code},{row['speaker']},{split[row['speaker']]}")
+    (tmp_path / "labels_consensus.csv").write_text("\n".join(rows))
+    out = said(capsys, *f"--dataset msp-podcast --scale small --root {tmp_path} --out podcast".split())
+    results = json.loads(Path("podcast/results.json").read_text())
+    (fold,) = results["folds"]
+    text = Path("podcast/report.md").read_text() + said(capsys, "--from", "podcast")
+    for test, name, speaker in zip(fold["tests"], ("test1", "test2"), "ab", strict=True):
+        predicted = table(f"podcast/fold0/predictions-{name}.csv")
+        assert (test["name"], test["speakers"], len(predicted)) == (name, [speaker], 10)
+        assert {row["utterance"][12] for row in predicted} == {speaker}
+        assert results["sets"][name]["wa"]["mean"] == np.mean([row["label"] == row["predicted"] for row in predicted])
+        assert f"{name}: UA {100 * test['ua']:.1f}" in text and f"| {name} |" in text and f"\n0     {name}" in out
 
 
-def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    sizes = dict(channels=3, cnn_cells=3, seq_cells=2, nodes=2, stem_stride=4, bands=2)
-    argv = [word for name, size in sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
-    state = torch.get_rng_state()
-    out = said(capsys, *argv, *"--dry-run --window 1 --seq-space rnn --search-epochs 3 --warm-up 0 --epochs 5 --folds 1,2 --batch 8".split())
-    assert not list(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
-    counts = Counter()
-    for name, p in Network(**sizes, seq_space="rnn").named_parameters():
-        counts[name.split(".")[0]] += p.numel()
-    rest = counts["stem"] + counts["head"]
-    assert f"{sum(counts.values()) - counts['alpha']:,} weights: CNN cells (3) {counts['cnn']:,}, SeqNN cells (2) {counts['seq']:,}, the rest {rest:,}" in out
-    listing = read_corpus("smoke", "elsewhere")
-    store = load(listing, Settings(40, 1.0), cache="cache")
-    parts, windows = folds(listing), np.diff(store.first)
-    assert f"{len(store.features)} windows of 1 s, 6 speakers" in out and f"{store.seconds.sum() / 60:.1f} minutes" in out
-    search = sum(3 * math.ceil(windows[parts[k].train[0::2]].sum() / 8) for k in (1, 2))
-    training = sum(5 * math.ceil(windows[parts[k].train].sum() / 8) for k in (1, 2))
-    assert f"{search:,} search steps" in out and f"{training:,} training steps" in out
-    (number, unit), (a, b) = re.search(r"about (\S+) (s|min|h) on cpu", out).groups(), re.findall(r"steps of (\S+) s", out)
-    unit, steps = {"s": 1, "min": 60, "h": 3600}[unit], search * float(a) + training * float(b)  # as fast as the machine is now
-    assert 0.8 * steps - unit < float(number) * unit < 2 * steps + unit
-    assert re.findall(r"^fold (\d)", out, re.M) == ["1", "2"] and "test 04 (28), validation 05 (28), training 112" in out
-    assert "--recompute" in out and "--folds 0" in out and "--nodes 1" in out and "--seq-space" not in out and "--order" not in out
+@pytest.mark.parametrize("normalise", ["train", "speaker"])
+def test_a_second_corpus_is_tested_with_the_same_model(cwd, normalise, capsys):
+    """A table of the recordings of fold 0's test speaker: fold 0's own figures again."""
+    Path("a.csv").write_text("\n".join(line for line in Path("mine.csv").read_text().splitlines() if line[0] in "pa"))
+    out = said(capsys, "--folds", "0", "--test-dataset", "csv=a.csv", "--normalise", normalise, "--out", normalise)
+    own, other = (Path(f"{normalise}/fold0/predictions{name}.csv").read_bytes() for name in ("", "-csv"))
+    assert own == other and ("unlabelled audio" in out) == (normalise == "speaker")
+    assert (own == Path("one/fold0/predictions.csv").read_bytes()) == (normalise == "train")
+    assert list(json.loads(Path(f"{normalise}/results.json").read_text())["sets"]) == ["test", "csv"]
 
 
-def test_paper_scale_without_a_gpu_is_warned_of_and_counts_as_published(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "estimate", lambda *args: (7 * 3600, {"search": (1, 60.0), "training": (1, 9.0)}, None))
-    assert train.main("--scale paper --seq-space lstm --dry-run --device cpu --order 2".split()) == 0
-    out, err = capsys.readouterr()
-    assert err.startswith("warning: paper scale without a GPU") and err.count("\n") == 1
-    assert "74,319,852 weights: CNN cells (4) 345,312," in out and "about 7.0 h on cpu" in out and "peak memory unknown" in out
-    assert "both: --stem-stride 2, --order 1, --nodes 3, --channels 4" in out
+def test_bad_recordings_stop_the_run_before_the_training_or_are_named(cwd, capsys):
+    Path("stub.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    Path("bad.csv").write_text(Path("mine.csv").read_text() + "\nstub.wav,sad,a")
+    where = "--root bad.csv --folds 0 --out bad".split()
+    assert "1 of 41 recordings cannot be used" in said(capsys, *where, code=2) and not list(Path("bad").glob("fold*"))
+    assert "1 recordings cannot be used and were skipped" in said(capsys, *where, "--skip-bad", "--out", "skipped")
+    assert "stub.wav: a git-lfs stub" in json.loads(Path("skipped/results.json").read_text())["skipped"][0]
+    assert len(table("skipped/fold0/predictions.csv")) == 10
 
 
-@pytest.mark.parametrize("kind, bits", [(1, 8), (1, 24), (3, 64)])
-@pytest.mark.parametrize("extra", [False, True])
-def test_windows_are_counted_from_the_header(tmp_path, kind, bits, extra):
-    paths = [tmp_path / f"{n}.wav" for n in range(5)]
-    for path, length in zip(paths, (800, 8000, 8400, 24000, 44000)):
-        path.write_bytes(riff(kind, 2, 16000, bits, encode(np.zeros(2 * length), kind, bits), False, extra))
-    paths += [tmp_path / "none.wav", tmp_path / "text.wav"]
-    paths[-1].write_bytes(b"fmt \0")
-    listing = Listing("csv", "standard", tmp_path, ("a", "b"), [Utterance(path, "a", "s") for path in paths], "")
-    windows, seconds = train.lengths(listing, 0.5)
-    assert windows.tolist() == [len(features.windows(features.read_wav(p), Settings(window=0.5))) for p in paths[:5]] + [1, 1]
-    assert seconds == pytest.approx([0.05, 0.5, 0.525, 1.5, 2.75, 0, 0], abs=0.01)
+def test_predict_gives_what_the_test_gave(cwd, capsys):
+    rows = table("one/fold0/predictions.csv")
+    ask = ["--predict", *(row["utterance"] for row in rows), "--from"]
+    answers = [json.loads(said(capsys, *ask, place, "--json", "-")) for place in ("one/fold0/model.pt", "one/fold1", "one")]
+    assert [answer["models"] for answer in answers] == [1, 1, 2]
+    lines = said(capsys, *ask, "one/fold0").splitlines()
+    for row, clip, second, both in zip(rows, *(answer["clips"] for answer in answers)):
+        p, q, mean = (np.array([c["probabilities"][name] for name in LABELS]) for c in (clip, second, both))
+        np.testing.assert_allclose(p, [float(row[name]) for name in LABELS], atol=1e-5)
+        np.testing.assert_allclose(mean, (p + q) / 2, atol=1e-12)
+        assert (clip["path"], clip["label"]) == (row["utterance"], row["predicted"])
+        probabilities = [word for name, v in zip(LABELS, p) for word in (name, f"{v:.3f}")]
+        assert lines.pop(0).split() == [clip["path"], clip["label"], *probabilities]
+        length = clip["seconds"]
+        assert length == pytest.approx(0.15 + 0.05 * int(clip["path"][-5]))
+        times = [(0, 0.25), (length - 0.25, length)] if length > 0.25 else [(0, length)]
+        assert [(window["start"], window["end"]) for window in clip["windows"]] == [pytest.approx(t) for t in times]
+    for window in clip["windows"]:  # of the last one; a window is heard as the same sound alone is
+        assert lines.pop(0).split()[:5] == [f"{window['start']:.1f}", "to", f"{window['end']:.1f}", "s", window["label"]]
+        sound = wavfile.read(clip["path"])[1][round(16000 * window["start"]) :][:4000]
+        wavfile.write("part.wav", 16000, sound)
+        (alone,) = json.loads(said(capsys, "--predict", "part.wav", "--from", "one/fold0", "--json", "-"))["clips"]
+        assert alone["probabilities"] == pytest.approx(window["probabilities"], abs=1e-4)
 
 
-def test_help_shows_every_default_in_groups_that_fit_a_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    groups = capsys.readouterr().out.split("\n\n")
-    assert all(group.count("\n") < 50 for group in groups) and len(groups) > 6
-    text = " ".join("\n".join(groups).split())
-    for f in train.fields(train.Options):
-        flag = "--" + f.name.strip("_").replace("_", "-")
-        about = re.search(rf" {flag}(?:, --no-{flag[2:]})? (.*?)(?= --[a-z]|$)", text.split("options: -h")[1])[1]
-        assert "default" in about or f"small: {train.SCALES['small'].get(f.name)}" in about or f.metadata["group"] == "use", f.name
+def test_a_model_without_statistics_takes_those_of_the_clips(cwd, capsys):
+    """The test speaker's recordings as clips: what the test with --normalise speaker gave."""
+    said(capsys, "--folds", "0", "--normalise", "speaker", "--out", "own")
+    rows = table("own/fold0/predictions.csv")
+    train.main(["--predict", *(row["utterance"] for row in rows), "--from", "own", "--json", "clips.json"])
+    assert "10 clips are taken as one speaker's" in capsys.readouterr().err
+    for row, clip in zip(rows, json.loads(Path("clips.json").read_text())["clips"], strict=True):
+        assert list(clip["probabilities"].values()) == pytest.approx([float(row[c]) for c in LABELS], abs=1e-4)
 
 
-def test_readmes_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(example.splitlines()) <= 25
-    names = {}
-    exec(example, names)  # our own file
-    assert isinstance(names["genotype"], Genotype) and not names["net"].alphas() and names["net"](names["x"][:2]).shape == (2, 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run that cannot be lost
-
-DRIVER = """
-import os, signal, sys, threading
-sys.path.insert(0, {here!r})
-import features, train
-where, number, *argv = sys.argv[1:]
-number = getattr(signal, number)
-train.SAVE_EVERY = 0 if where else 30  # after every step
-if where.startswith("after "):  # seconds after the folder was made
-    lock = train.lock
-    def timed(folder, **more):
-        timer = threading.Timer(float(where.split()[1]), os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
-        return lock(folder, **more)
-    train.lock = timed
-elif where:
-    module, name, n = where.split()
-    module, calls = dict(features=features, train=train, os=os)[module], []
-    real = getattr(module, name)
-    def deadly(*args, **more):
-        calls.append(1)
-        if len(calls) == int(n):
-            os.kill(os.getpid(), number)
-        return real(*args, **more)
-    setattr(module, name, deadly)
-sys.exit(train.main(argv))
-"""
-TINY = (
-    "--dataset emodb --root corpus --folds 0,1 --window 0.5 --coefficients 8 --channels 2 --cnn-cells 3 --seq-cells 1 --nodes 2 --stem-stride 2 --bands 1 "
-    "--seq-space rnn_att --search-epochs 2 --warm-up 0 --epochs 2 --batch 4 --lr 0.1 --order 2 --select best --threads 1 --deterministic"
-).split()  # fmt: skip
-
-
-def drive(cwd, out, where="", number="SIGKILL"):
-    script = cwd / "driver.py"
-    script.write_text(DRIVER.format(here=str(HERE)))
-    argv = [*TINY, "--out", out, "--cache", f"cache-{out}"]
-    return subprocess.run([sys.executable, script, where, number, *argv], cwd=cwd, capture_output=True, text=True)
-
-
-def left_behind(cwd, out, features=True):
-    """Every file of a run and of its features, without what was measured in seconds."""
-    files = {}
-    for folder in (cwd / out, cwd / f"cache-{out}") if features else (cwd / out,):
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name not in ("lock", "settings.json", "report.md"):
-                content = path.read_bytes()
-                if path.name == "log.csv":
-                    content = [without_seconds(row) for row in csv.DictReader(content.decode().splitlines())]
-                elif path.name == "results.json":
-                    content = without_seconds(json.loads(content))
-                files[str(path.relative_to(folder))] = content
-    return files
+# A run that cannot be lost, and many processes -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    for n, s, letter in itertools.product(range(4), (3, 8, 9), "WFNT"):
-        tone(cwd / "corpus" / f"{s:02}a{n:02}{letter}a.wav", 0.2, frequency=100 * s + 37 * n + 10 * ord(letter))
-    done = drive(cwd, "whole")
-    assert done.returncode == 0 and done.stderr.startswith("warning: emodb: found 12 angry"), done.stdout + done.stderr
-    return cwd, done.stdout
+def forks():
+    """Starts processes that need not import torch again, nor torch._dynamo, as an optimizer's first step does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(undisturbed):
-    cwd, _ = undisturbed
-    random = np.random.default_rng(5)
-    for where, number in (
-        ("features read_wav 40", "SIGKILL"),
-        ("train weight_step 2", "SIGKILL"),  # search: the alphas of this step have moved
-        ("train weight_step 1", "SIGTERM"),  # the last step of the epoch
-        ("os fsync 2", "SIGKILL"),  # in the middle of writing a checkpoint
-        ("train train 1", "SIGKILL"),  # between search and training
-        ("train weight_step 5", "SIGINT"),  # training
-        ("train weight_step 3", "SIGKILL"),
-        ("train score 1", "SIGKILL"),
-        *((f"after {seconds}", "SIGKILL") for seconds in random.uniform(0.1, 0.6, 3)),
-    ):
-        died = drive(cwd, "killed", where, number)
-        code = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}[number]
-        assert died.returncode == code or where.startswith("after") and died.returncode == 0, f"{where}: {died.returncode}{died.stdout}{died.stderr}"
-        if code > 0:
-            assert f"stopped by {number}" in died.stderr and "--out killed" in died.stderr.splitlines()[-1]
-    done = drive(cwd, "killed")
-    assert done.returncode == 0, done.stdout + done.stderr
-    whole, killed = left_behind(cwd, "whole"), left_behind(cwd, "killed")
-    assert whole.keys() == killed.keys() and "fold1/model.pt" in whole
-    for name, content in whole.items():
-        assert killed[name] == content, name
+def child(cwd, log, argv, name=None, n=0, environment={}):
+    """A process of its own. It is killed when it calls train's function `name` for the n-th time."""
+    os.chdir(cwd)
+    os.environ |= environment
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    with stopping(name, n, kill=True) if name else contextlib.nullcontext():
+        code = train.main([*TINY, *argv])
+    # A thread of the process group that meets the interpreter's end may abort it.
+    assert "gloo" not in "".join(task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+    sys.exit(code)
 
 
-def test_a_finished_run_prints_its_table_and_trains_nothing(undisturbed, monkeypatch, capsys):
-    cwd, said = undisturbed
-    monkeypatch.chdir(cwd)
-    before = left_behind(cwd, "whole")
-    for module, name in ((features, "load"), (train, "fit"), (train, "write")):
-        monkeypatch.setattr(module, name, None)
-    assert train.main([*TINY, "--out", "whole"]) == 0
-    first, *again = capsys.readouterr().out.splitlines()
-    assert first.startswith("whole is finished") and again == said.splitlines()[-len(again) :] and any("pooled" in line for line in again)
-    assert left_behind(cwd, "whole") == before
+def started(forks, *calls, function=child):
+    processes = [forks.Process(target=function, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    return processes
 
 
-def test_processes_share_a_run_folder(undisturbed):
-    """Two processes find fold 0 taken: one of them computes fold 1, and both wait. When fold 0 is free one of them takes
-    it, both print the table, and all files are those of a single process."""
-    cwd, said_alone = undisturbed
-    (cwd / "shared" / "fold0").mkdir(parents=True)
-    held = train.lock(cwd / "shared" / "fold0")
-    outs = [cwd / "first.txt", cwd / "second.txt"]
-    processes = [subprocess.Popen([sys.executable, cwd / "driver.py", "", "SIGKILL", *TINY, "--out", "shared", "--cache", "cache-shared"], cwd=cwd,
-                                  stdout=open(out, "w"), stderr=subprocess.DEVNULL) for out in outs]  # fmt: skip
-    waits, deadline = "waits for what others compute: ", time.time() + 120
-    while not all(waits in out.read_text() for out in outs) and time.time() < deadline:
-        time.sleep(0.1)
-    held.close()
-    assert [process.wait(120) for process in processes] == [0, 0]
-    said = [out.read_text() for out in outs]
-    assert [sum(text.count(f"fold {k}: found in") for text in said) for k in (0, 1)] == [1, 1]
-    assert all(f"shared/fold0 (process {os.getpid()} on " in re.search(waits + ".*", text)[0] for text in said)
-    table = [line.split("  ")[0] for line in said_alone.splitlines()[-8:]]  # without seconds
-    assert all([line.split("  ")[0] for line in text.replace("shared", "whole").splitlines()[-8:]] == table for text in said)
-    assert left_behind(cwd, "shared") == left_behind(cwd, "whole")
+def ended(processes):
+    for process in processes:
+        process.join(100)
+    return [process.exitcode for process in processes]
 
 
-@pytest.fixture
-def stopped(undisturbed, monkeypatch, capsys):
-    """A run whose disk was full after the training of its first fold, and how to start it again. -> (folder, function)."""
-    cwd, _ = undisturbed
-    monkeypatch.chdir(cwd)
-    real = os.fsync
-
-    def full(file):
-        if "checkpoint" not in os.readlink(f"/proc/self/fd/{file}") and (cwd / "stopped/fold0/model.pt").exists():
-            raise OSError(28, "No space left on device")
-        real(file)
-
-    def again():
-        code = train.main([*TINY[:-1], "--out", "stopped", "--cache", "cache-whole"])
-        return code, capsys.readouterr().err.replace("warning: emodb", "\0").split("\n", 1)[1]
-
-    if not (cwd / "stopped/fold0/checkpoint.pt").exists():
-        with monkeypatch.context() as m:
-            m.setattr(os, "fsync", full)
-            code, err = again()
-        assert code == 1 and err.startswith("error: [Errno 28] No space left on device; what was saved is whole") and err.count("\n") == 1
-    return cwd / "stopped", again
+def two_ranks():
+    """Environments as torchrun makes them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), GLOO_SOCKET_IFNAME="lo")
+    return [where | dict(RANK=rank, WORLD_SIZE="2") for rank in "01"]
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("more", ["", "--scale paper --order 2 --seq-space lstm_att"])  # AdamW, sampling; SGD, softmax
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(cwd, tmp_path, forks, more):
+    argv, whole, killed, log = [*more.split(), *TWO_FOLDS], tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert train.main([*TINY, *argv, str(whole)]) == 0
+    kills = [("as_json", 1), ("weight_step", 2), ("fsync", 2), ("weight_step", 4), ("decision", 1), ("train", 1),
+             ("weight_step", 5), ("score", 1), ("as_json", 1)]  # the last one between model.pt and result.json
+    kills += [("weight_step", int(n)) for n in np.random.default_rng(1).integers(1, 9, 2)] + [("fsync", 9)]
+    for kill in kills:
+        assert ended(started(forks, (cwd, log, [*argv, str(killed)], *kill))) == [-signal.SIGKILL]
+    assert ended(started(forks, (cwd, log, [*argv, str(killed)]))) == [0]
+    assert left(killed) == left(whole)
+    places = re.findall(r"fold 0: goes on with (\w+), epoch (\d+), step (\d+)", log.read_text())
+    assert [" ".join(place) for place in places] == [  # the very next step each time
+        "search 1 2", "search 1 3", "search 2 3", "search 2 4", "train 1 1", "train 1 5", "train 2 7", "train 2 7"]
+
+
+def test_ctrl_c_says_what_goes_on_and_no_step_is_made_twice(cwd, capsys):
+    with stopping("weight_step", 5) as calls:
+        err = said(capsys, "--folds", "0", "--out", "interrupted", code=130)
+        assert err.splitlines()[-1] == "  python train.py " + " ".join([*TINY, "--folds", "0", "--out", "interrupted"])
+        assert train.main([*TINY, "--folds", "0", "--out", "interrupted"]) == 0
+    assert next(calls) - 1 == 2 * 3 + 2 * 6 + 1 and left("interrupted/fold0") == left("one/fold0")
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_one_line(cwd, tmp_path, monkeypatch, capsys):
     file, before = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     train.write(file, b"old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -2037,6 +1831,149 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    assert said(capsys, "--out", "full", code=2) == "error: [Errno 28] No space left on device\n"
+
+
+def test_processes_share_a_run_folder(cwd, tmp_path, forks):
+    """Fold 0 is taken: one of two processes computes fold 1, both wait; when fold 0 is free one of them takes it."""
+    folder, logs = tmp_path / "shared", [tmp_path / "first", tmp_path / "second"]
+    (folder / "fold0").mkdir(parents=True)
+    with features.lock(folder / "fold0/lock"):
+        processes = started(forks, *((cwd, log, [*TWO_FOLDS, str(folder)]) for log in logs))
+        deadline = time.time() + 60
+        while not all(log.exists() and "waits for" in log.read_text() for log in logs):
+            assert time.time() < deadline and not (folder / "fold0/log.csv").exists()
+            time.sleep(0.05)
+    assert ended(processes) == [0, 0] and left(folder) == left("one")
+    texts = [log.read_text() for log in logs]
+    assert [sum(text.count(f"fold {k}: found in") for text in texts) for k in (0, 1)] == [1, 1]
+    assert all("\npooled  " in text for text in texts)
+
+
+def test_ranks_take_whole_folds_where_there_are_enough(cwd, tmp_path, forks):
+    argv, log = [*TWO_FOLDS, str(tmp_path / "ranks")], tmp_path / "log"
+    assert ended(started(forks, *((cwd, log, argv, None, 0, rank) for rank in two_ranks()))) == [0, 0]
+    assert left(tmp_path / "ranks") == left("one")
+    assert log.read_text().count("\npooled  ") == 1 and re.search("^rank [01]: fold 0: found in", log.read_text(), re.M)
+
+
+def still(net):
+    """Without what is each rank's own on a CPU: the batch's mean and deviation in batch norm, and dropout."""
+    for module in net.double().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().train = lambda mode=True: None
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def shared(folder, relaxation, order):
+    """Search and training in float64. -> the alphas after each step, what is logged, networks"""
+    more = ["--no-augment", "--size-penalty", "9", "--batch", "5", "--relaxation", relaxation, "--order", order]
+    options, alphas, step = train.parse([*TINY, *more]), [], train.weight_step
+    data, (fold, *_) = loaded(options, double=True)
+    members = fold.train[3:]
+
+    def spy(net, *args):
+        alphas.append([a.tolist() for a in net.alphas()])
+        return step(net, *args)
+
+    torch.manual_seed(0)
+    net, keep = still(train.network(options, 3)), keeper(options, folder, "search")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "weight_step", spy)
+        genotype = train.search(net, data, members, options, keep)
+        keep.search_done(genotype)
+        torch.manual_seed(0)
+        derived = still(train.network(options, 3, genotype))
+        train.train(derived, data, members, fold.validation, options, keep)
+    rows = [[row[name] for name in ("loss", "alpha_loss", "entropy", "val_ua") if name in row] for row in keep.rows]
+    return alphas, rows, net.state_dict(), derived.state_dict()
+
+
+def shared_by(cwd, folder, rank, cases):
+    os.chdir(cwd)
+    os.environ |= rank
+    torch.set_num_threads(1)
+    train.share_steps(train.parse(TINY), torch.device("cpu"))
+    found = [shared(folder / rank["RANK"] / str(n), *case) for n, case in enumerate(cases)]
+    torch.save(found, folder / f"{rank['RANK']}.pt")
+
+
+def test_ranks_that_share_the_steps_end_where_one_process_ends(cwd, tmp_path, forks):
+    cases = [("sample", "1"), ("softmax", "2")]
+    calls = [(cwd, tmp_path, rank, cases) for rank in two_ranks()]
+    assert ended(started(forks, *calls, function=shared_by)) == [0, 0]
+    for n, (first, second) in enumerate(zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in "01"))):
+        alone = shared(tmp_path / f"alone{n}", *cases[n])
+        assert len(alone[0]) > 8 and alone[0][0] != alone[0][5]
+        assert first[0] == second[0]  # after every step, the same bits
+        torch.testing.assert_close(first, alone, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(second, alone, atol=1e-8, rtol=1e-8)
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_restarted_job_ends_as_if_it_had_not(cwd, tmp_path, forks):
+    argv, log = ["--folds", "0", "--out"], tmp_path / "log"
+    undisturbed = [(cwd, tmp_path / "first", [*argv, str(tmp_path / "steps")], None, 0, rank) for rank in two_ranks()]
+    assert ended(started(forks, *undisturbed)) == [0, 0]
+    (tmp_path / "ranks.py").write_text(f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import {__name__} as tests
+        dies = (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0")
+        tests.child({str(cwd)!r}, {str(log)!r}, sys.argv[1:], "weight_step", 3 if dies else 999)
+    """)
+    run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2 --max-restarts 1".split()
+    done = subprocess.run([sys.executable, *run, tmp_path / "ranks.py", *argv, tmp_path / "died"], capture_output=True, text=True)
+    assert done.returncode == 0 and "goes on with search, epoch 1, step 3" in log.read_text(), done.stderr + log.read_text()
+    assert left(tmp_path / "died") == left(tmp_path / "steps") and log.read_text().count("\npooled  ") == 1
+
+
+# One clear line ------------------------------------------------------------------------------------------------------
+
+
+def one_line(capsys, *arguments, code=2):
+    err = said(capsys, *arguments, code=code)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--dataset emodb --root nowhere", "no utterance of emodb in nowhere .*no such folder"),
+    ("--test-dataset emodb=nowhere", "no utterance of emodb in nowhere"),
+    ("--root nowhere.csv", "no file nowhere.csv"),
+    ("--folds 9", "--folds is '9', expected numbers from 0 to 3"),
+    ("--lr nan", "--lr is nan, expected at least 0"),
+    ("--cnn-cells 0", "cnn.cells is 0, expected at least 1"),
+    ("--features log-mel-200", "200 coefficients; expected 1 to 128"),
+    ("--device quantum", "--device quantum cannot be used here"),
+    ("--search seq --seq-cells 0", "--search seq leaves nothing to search"),
+    ("--warm-up 2", "--warm-up is 2, expected less than --search-epochs, 2"),
+    ("--order 2", "--order 2 goes with --relaxation softmax"),
+    ("--genotype nowhere.json", "--genotype nowhere.json: .*No such file"),
+    ("--genotype mine.csv", "--genotype mine.csv: genotype: expected a JSON object"),
+    ("--model cnn --genotype one/fold0/genotype.json", "--genotype goes with --model emodarts, found --model cnn"),
+    ("--out one --folds 0,1 --channels 3", "one holds a run with other settings: channels .2 there, 3 here"),
+    ("--from nowhere", "nowhere, where no model is; expected a run folder"),
+    ("--predict a-sad0.wav", "--predict CLIP ... needs --from RUN"),
+    ("--predict a-sad0.wav --from mixed", "the models in mixed differ in their classes"),
+    ("--predict a-sad0.wav --from one --json no/where", "No such file"),
+])
+def test_bad_input_is_one_clear_line(cwd, capsys, arguments, says):
+    for k, classes in enumerate(("abc", "abd")):
+        Path(f"mixed/fold{k}").mkdir(parents=True, exist_ok=True)
+        torch.save(torch.load("one/fold0/model.pt") | {"classes": list(classes)}, f"mixed/fold{k}/model.pt")
+    before = left("one")
+    assert re.search(says, one_line(capsys, *arguments.split())) and left("one") == before
+
+
+def test_everything_that_cannot_work_is_said_at_once(cwd, capsys):
+    err = said(capsys, *"--epochs 0 --batch 11 --lr nan --cnn-cells 0 --window 0.1 --folds 0,2 --warm-up 5".split(), code=2)
+    for text in ("--epochs is 0", "--lr is nan", "cells is 0", "multiple of 0.0625", "--warm-up is 5", "half of fold 0's training set 10", "fold 2's"):
+        assert text in err and err.count(text) == err.count("error:") == 1
+    err = said(capsys, "--predict", "mine.csv", "a-sad0.wav", "nowhere.wav", "--from", "one", code=2)
+    assert "2 of 3 clips" in err and "mine.csv" in err and "nowhere.wav" in err
 
 
 class Evil:
@@ -2044,330 +1981,115 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def test_files_that_are_not_what_they_should_be_are_one_clear_line(stopped, capsys):
-    folder, again = stopped
-    file = folder / "fold0" / "checkpoint.pt"
-    good = file.read_bytes()
-
-    def saved(change=lambda state: None, **how):
-        state, out = torch.load(file, weights_only=True), io.BytesIO()
-        change(state)
-        torch.save(state, out, **how)
-        return out.getvalue()
-
-    def parts(name, **new):
-        return saved(lambda state: state["parts"][name].update(new))
-
-    def zipped(method, data=b"\0" * 2**20):
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", method) as archive:
-            archive.writestr("archive/data.pkl", data)
-        return out.getvalue()
-
-    bias = torch.zeros(4)
-    other = Network(**SMALL, genotype=random_genotype()).state_dict()
-    hostile = {
-        "empty": b"", "text": b"hello", "cut": good[:-1000], "half": good[: len(good) // 2], "flipped": good[:5000] + b"x" + good[5001:],
-        "pickle": pickle.dumps(Evil()), "pickle in a zip": zipped(zipfile.ZIP_STORED, pickle.dumps(Evil())), "bomb": zipped(zipfile.ZIP_DEFLATED),
-        "code": saved(lambda state: state.update(run=Evil())), "old format": saved(_use_new_zipfile_serialization=False),
-        "another run": saved(lambda state: state.update(run="0")), "list": saved(lambda state: state.clear()),
-        "another network": saved(lambda state: state["parts"].update(net=other)), "shape": parts("net", **{"head.bias": torch.zeros(5)}),
-        "type": parts("net", **{"head.bias": bias.double()}), "number": parts("net", **{"head.bias": 0.0}),
-        "sparse": parts("net", **{"head.bias": bias.to_sparse()}), "meta": parts("net", **{"head.bias": bias.to("meta")}),
-        "momentum": parts("optimizer", state={0: {"momentum_buffer": bias}}), "who": parts("optimizer", state={10**6: {}}),
-        "groups": parts("optimizer", param_groups=[]), "schedule": parts("schedule", T_max="many"),
-        "random": saved(lambda state: state["now"][0].zero_()), "no random": saved(lambda state: state.update(begin=[])),
-        "epoch": saved(lambda state: state.update(epoch=-1)), "stage": saved(lambda state: state.update(stage="test")),
-        "rows": saved(lambda state: state.update(rows=[{"stage": "search", "seconds": "a"}])), "best": saved(lambda state: state.update(best_weights=None)),
-        "genotype": saved(lambda state: state.update(genotype='{"seq": [[["lstm_9", 0]]]}')),
-        "large genotype": saved(lambda state: state.update(genotype=json.dumps({"seq": [NODE] * 1000}))),
-        "half a genotype": saved(lambda state: state.update(genotype=json.dumps({"seq": [NODE] * 2}))),
-    }  # fmt: skip
-    for name, content in hostile.items():
-        file.write_bytes(content)
-        code, err = again()
-        assert code == 2 and re.fullmatch(r"error: stopped/fold0/checkpoint.pt is .*; delete it, and its fold starts anew\n", err), (name, err)
-    assert not Path("executed").exists() and not (folder / "results.json").exists()
-    file.write_bytes(good)
-    assert again()[0] == 0  # and the right file goes on
-    assert left_behind(folder.parent, "stopped", False) == left_behind(folder.parent, "whole", False)
-
-    results = json.loads((folder / "results.json").read_text())
-    for name, change in {
-        "list": "[]", "cut": "{", "deep": "[" * 100_000, "latin": b"\xff", "number": "1" * 5000, "another run": {"folds": [{**results["folds"][0], "fold": 7}]},
-        "accuracy": {"folds": [{**results["folds"][0], "ua": 1.5}]}, "confusion": {"folds": [{**results["folds"][0], "confusion": [[10**30] * 4] * 4}]},
-        "genotype": {"folds": [{**results["folds"][0], "genotype": {"seq": 1}}]}, "name": {"folds": [{**results["folds"][0], "name": None}]},
-    }.items():  # fmt: skip
-        content = json.dumps({**results, **change}) if isinstance(change, dict) else change
-        for file in ("results.json", "settings.json") if name in ("list", "cut", "deep", "latin", "number") else ("results.json",):
-            good = (folder / file).read_bytes()
-            (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-            code, err = again()
-            (folder / file).write_bytes(good)
-            assert code == 2 and err.startswith(f"error: stopped/{file} is damaged") and err.count("\n") == 1, (name, err)
+def mutants(file, number=25):
+    """Copies of a file with a few other bytes, some of them cut off."""
+    random, content = np.random.default_rng(0), Path(file).read_bytes()
+    for n in range(number):
+        mutant = bytearray(content)
+        for at in random.integers(len(content), size=1 + n % 3):
+            mutant[at] = random.integers(256)
+        yield bytes(mutant[: random.integers(len(content)) if n % 5 == 0 else None])
 
 
-def test_numbers_that_no_step_can_be_made_with_stop_the_run(undisturbed, monkeypatch, capsys):
-    cwd, _ = undisturbed
-    monkeypatch.chdir(cwd)
-    argv = [*TINY[:-1], "--out", "broken", "--cache", "cache-whole"]
-    real, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def clip(*args):
-        calls.append(1)
-        return real(*args) * (math.nan if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    assert train.main(argv) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"fold 0, search, epoch 2, step 2, learning rate 0.002: the norm of the gradient is nan", said)
-    assert len(set(re.findall(r"wav/?\S*|09a\d\d[WFNT]a\.wav", said))) == 8 and (cwd / "broken/fold0/not-finite.pt").exists()
-    checkpoint = (cwd / "broken/fold0/checkpoint.pt").read_bytes()
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()):
-
-        def clip(*args, error=error):
-            raise error
-
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        assert train.main(argv) == 1, capsys.readouterr().err
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert str(error)[:40] in said and "--batch" in said and (cwd / "broken/fold0/checkpoint.pt").read_bytes() == checkpoint
-
-
-def test_everything_that_cannot_work_is_said_at_once(undisturbed, monkeypatch, capsys):
-    cwd, _ = undisturbed
-    monkeypatch.chdir(cwd)
-    (cwd / "corpus/08a00Ta.wav").rename(cwd / "kept")
-    (cwd / "file").touch()
-    for n in range(4):
-        (cwd / f"corpus/09a{n:02}Ta.wav").rename(cwd / f"sad{n}")
-    arguments = "--epochs 0 --batch 9 --lr nan --cnn-cells 0 --window 0.1 --device quantum --out file/run --dropout 1 --folds 0"
-    try:
-        code = train.main([*TINY, *arguments.split()])
-    finally:
-        (cwd / "kept").rename(cwd / "corpus/08a00Ta.wav")
-        for n in range(4):
-            (cwd / f"sad{n}").rename(cwd / f"corpus/09a{n:02}Ta.wav")
-    said = capsys.readouterr().err
-    for text in ("--epochs is 0", "--batch is 9, and half of a training set only 6", "--lr is nan", "cnn_cells is 0", "multiple of 0.0625", "--device quantum",
-                 "--out is file/run, where nothing can be written", "--dropout is 1.0", "fold 0: no training utterance is sad", "9 things cannot work"):  # fmt: skip
-        assert text in said, (text, said)
-    assert code == 2 and said.count("error:") == 1
+def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
+    """Refused with the name of the file, or where only what nobody reads has changed, used as the right one."""
+    model, checkpoint = torch.load("one/fold0/model.pt"), torch.load("stopped/fold0/checkpoint.pt")
+    nan = model["weights"] | {"head.bias": model["weights"]["head.bias"] * math.nan}
+    result = Path("one/fold1/result.json").read_text()
+    text = [b"", b"[]", b"{", b"[" * 100_000, b"\xff", b"{}"]
+    binary = [b"hello", *text, pickle.dumps(Evil()), {}]
+    damaged = {
+        "hurt/settings.json": text,
+        "hurt/fold0/checkpoint.pt": [*binary, *mutants("stopped/fold0/checkpoint.pt"), checkpoint | {"key": "x"},
+                                     checkpoint | {"parts": {"net": {}}}, checkpoint | {"x": Evil()},
+                                     checkpoint | {"genotype": '{"seq": [[["lstm_9", 0]]]}'}],
+        "hurt/fold1/result.json": [*text, re.sub('"ua": [0-9.]+', '"ua": 1.5', result).encode()],
+        "twice/emodarts-seed1/fold0/predictions.csv": [b"", b"u,l,p,glad,mad,sad\nx,glad,glad,a,b,c", b"\xff\0"],
+        "used/fold0/model.pt": [*binary, *mutants("one/fold0/model.pt"), model | {"format": "emodarts-9"}, model | {"x": Evil()},
+                                model | {"classes": ["a"]}, model | {"weights": nan}, model | {"genotype": "{}"},
+                                model | {"sizes": model["sizes"] | {"channels": 10**12}}],
+    }
+    runs = {"hurt": [*TWO_FOLDS, "hurt"], "twice": ["--folds", "0", "--seeds", "2", "--out", "twice"],
+            "used": ["--predict", "a-sad3.wav", "--json", "-", "--from", "used/fold0/model.pt"]}
+    expected = said(capsys, *runs["used"][:-1], "one/fold0/model.pt").replace("one", "used")
+    for file, contents in damaged.items():
+        folder, wrong = file.split("/")[0], []
+        for content in contents:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree({"hurt": "stopped", "twice": "seeds", "used": "one"}[folder], folder)
+            if folder == "hurt":
+                shutil.copytree("one/fold1", "hurt/fold1", dirs_exist_ok=True)
+            Path(file).write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+            code = train.main([*TINY, *runs[folder]])
+            out, err = capsys.readouterr()
+            if code == 0:
+                assert out == expected if folder == "used" else left("hurt") == left("one")
+            else:
+                assert code == 2 and re.fullmatch(f"error: {file} .*(delete|name a run folder).*\n", err), (content, err)
+                wrong.append(content)
+        assert len(wrong) > 0.8 * len(contents)
+    assert not Path("executed").exists()
 
 
-def mutated(random, content, tokens=(b"",)):
-    """Bytes with a few random changes: bits, cuts, repetitions, numbers at their limits, and tokens that the format knows."""
-    content = bytearray(content)
-    for _ in range(random.integers(1, 5)):
-        at, n = int(random.integers(len(content) + 1)), int(random.integers(1, 9))
-        new = [bytes(random.integers(0, 256, n, dtype=np.uint8)), b"", bytes(content[:at][-50:]), b"\xff" * n, b"\0" * n, b"\x7f" + b"\xff" * 3]
-        new += [tokens[random.integers(len(tokens))]] * 3
-        content[at : at + n * int(random.integers(2))] = new[random.integers(len(new))]
-        if random.integers(8) == 0:
-            del content[at:]
-    return bytes(content)
+def test_numbers_that_no_step_can_be_made_with_stop_the_run(cwd, monkeypatch, capsys):
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    with stopping("weight_step", 99), monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * (math.nan if next(calls) == 5 else 1))
+        err = one_line(capsys, "--folds", "0", "--out", "broken", code=1)
+    assert "fold 0, search, epoch 2, step 2: the loss is not finite" in err and "--lr" in err
+    assert 3 <= len(re.findall(r"[cd]-(?:glad|mad|sad)\d.wav", err)) <= 4
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.empty(2**50))
+        assert re.search("memory.*--batch", one_line(capsys, "--folds", "0", "--out", "broken", code=1))
+    assert "goes on with search, epoch 2, step 2" in said(capsys, "--folds", "0", "--out", "broken")
+    assert left("broken/fold0") == left("one/fold0")
 
 
-def test_no_mutated_file_gets_more_than_an_answer(tmp_path, capsys):
-    """2,700 mutants of genotypes, label files, tables, sounds and checkpoints: used or refused, quickly and within the memory."""
-    random, counts = np.random.default_rng(0), Counter()
-
-    def feed(kind, many, content, tokens, read, refusals=InputError):
-        read(content)
-        for _ in range(many):
-            mutant, started = mutated(random, content, tokens), time.perf_counter()
-            try:
-                read(mutant)
-                counts[f"{kind}: used"] += 1
-            except refusals:
-                counts[f"{kind}: refused"] += 1
-            assert time.perf_counter() - started < 5, mutant
-
-    text = random_genotype(3).to_json().encode()
-    tokens = [b"[", b"[" * 985, b"]", b"{", b'"', b",", b"null", b"true", b"-1", b"1" * 5000, b"1e999", b"NaN", b'"seq":', b"\\ud800", *(f'"{o}"'.encode() for o in SEQ_OPS)]
-    feed("genotype", 900, text, tokens, lambda mutant: str(Genotype.from_json(mutant.decode("latin-1"))), ValueError)
-
-    iemocap(tmp_path / "iemocap")
-    msp_improv(tmp_path / "msp-improv", tmp_path / "msp-improv/Evalution.txt")
-    msp_podcast(tmp_path / "msp-podcast", tmp_path / "msp-podcast/labels_consensus.csv", each=1)
-    own(tmp_path / "csv", "path,label,speaker,split", *(f"sounds/{s}{c}.wav,{c},{s},{split}" for s, split in zip("abc", ("train", "validation", "test")) for c in "xy"))
-    label_files = {
-        "iemocap": ("Session1/dialog/EmoEvaluation/Ses01F_impro04.txt", 60), "msp-improv": ("Evalution.txt", 40),
-        "msp-podcast": ("labels_consensus.csv", 100), "csv": ("mine.csv", 300),
-    }  # fmt: skip
-    tokens = [b",", b";", b"\t", b"\n", b"\r", b'"', b"\0", b"A" * 5000, b'"' + b"x" * 140_000, b"/", b"..", b"Train", b"[", b"\xd9\xa3", b"\xc5\xbf", b"Unknown"]
-    for dataset, (name, many) in label_files.items():
-        path = tmp_path / dataset / name
-
-        def read(mutant, dataset=dataset, path=path):
-            path.write_bytes(mutant)
-            for protocol in ("standard", "paper")[: 1 + (dataset != "csv")]:
-                folds(read_corpus(dataset, path if dataset == "csv" else tmp_path / dataset, "all", protocol))
-
-        feed(dataset, many, path.read_bytes(), tokens, read)
-
-    def read(mutant):
-        (tmp_path / "a.wav").write_bytes(mutant)
-        samples = features.read_wav(tmp_path / "a.wav")
-        assert samples.dtype == np.float32 and samples.ndim == 1 and np.isfinite(samples).all()
-
-    tokens = [b"RF64", b"RIFX", b"data", b"fmt ", b"ds64", struct.pack("<I", 2**32 - 1), struct.pack("<I", 999_983), struct.pack("<H", 65535), b"\0\0", b"\xfe\xff"]
-    tracemalloc.start()
-    for kind, bits, extensible in ((1, 8, False), (1, 16, True), (1, 24, False), (3, 32, True), (3, 64, False)):
-        sound = riff(kind, 1 + bits // 32, 16000, bits, encode(np.sin(np.arange(42)) / 2, kind, bits), extensible, not extensible)
-        feed("wav", 160, sound, tokens, read)
-    assert tracemalloc.get_traced_memory()[1] < 2e8  # no header is believed that announces gigabytes
-    tracemalloc.stop()
-
-    file, options = tmp_path / "fold0" / "checkpoint.pt", train.parse([*TINY, "--cnn-cells", "1", "--seq-cells", "0", "--nodes", "1"])
-    file.parent.mkdir()
-    keep, net = train.Keeper(torch.device("cpu"), "run", file), train.network(options, 4)
-    optimizer = torch.optim.SGD(net.weights(), 0.1, 0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
-    next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
-    keep.save(file)
-    with zipfile.ZipFile(file) as archive:
-        inside = {name: archive.read(name) for name in archive.namelist()}
-    (pickled,) = (name for name in inside if name.endswith("data.pkl"))
-
-    def read(mutant, whole=False):
-        out = io.BytesIO(mutant)
-        if not whole:  # the archive is as it should be, and the mutant is the pickle in it
-            out = io.BytesIO()
-            with zipfile.ZipFile(out, "w") as archive:
-                for name, content in inside.items():
-                    archive.writestr(name, mutant if name == pickled else content)
-        file.write_bytes(out.getvalue())
-        keep = train.Keeper(torch.device("cpu"), "run", file)
-        next(keep.epochs(2, net=net, optimizer=optimizer, schedule=schedule))
-
-    tokens = [b"\x8c\x03abc", b"J\xff\xff\xff\x7f", b"K\x00", b"N", b"}", b"]", b"(", b"t", b"R", b"0", b"2", b"\x8b\xff\xff\xff\x7f", b"cos\nsystem\n", b"ctorch\nfloat32\n", b"q\x01"]
-    feed("checkpoint", 200, file.read_bytes(), [b"PK\3\4", b"PK\1\2"], lambda mutant: read(mutant, whole=True))
-    feed("pickle", 300, inside[pickled], tokens, read)
-    assert sum(counts.values()) == 2700
-    assert min(counts[f"{kind}: {answer}"] for kind in ("genotype", *label_files, "wav", "pickle") if kind != "iemocap" for answer in ("used", "refused")) > 0, counts
+# For people ----------------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many processes that share each step
+def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = "--window 1 --features log-mel-12 --channels 2 --nodes 1 --seq-width 8 --search-epochs 3 --warm-up 1 --epochs 5 --folds 1,2 --batch 8 --threads 1 --device cpu"
+    out = said(capsys, *argv.split(), "--dry-run", "--json", "dry.json", sizes=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["dry.json"]
+    net = Network(features=12, channels=2, cnn_cells=3, nodes=1, seq_cells=1, seq_width=8, stem_stride=2)
+    for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
+        assert f"{name}: {sum(p.numel() for p in part.parameters()):,}\n" in out
+    listing, about = read_corpus("smoke", "elsewhere"), json.loads(Path("dry.json").read_text())
+    windows, _ = features.lengths(listing, 1.0)
+    half, whole = (sum(math.ceil(windows[fold.train[::n]].sum() / 8) for fold in folds(listing)[1:3]) for n in (2, 1))
+    total = 0.0
+    for kind, n in {"alpha step": 2 * half, "weight step": 3 * half, "training step": 5 * whole}.items():
+        seconds = about["seconds_of_a_step"][f"emodarts, {kind}"]
+        total += n * seconds
+        assert f"{kind}: {n:,} of {seconds:.3g} s" in out
+    assert total <= about["seconds"] < 1.5 * total and about["settings"]["search_epochs"] == 3
+    assert "fold 1     holds out 04: test 04 (28), validation 05 (28), training 112" in out and "fold 0" not in out
 
 
-def shared(order, size):
-    """Some steps of search and training in float64, without dropout, BN in evaluation mode; the classes are not balanced."""
-    options = tiny_options(*f"--dropout 0 --drop-path 0 --no-shift --masks 0 --search-epochs 1 --epochs 1 --size-penalty 9 --clip 1 --order {order}".split(),
-                           "--batch", str(size))  # fmt: skip
-    listing, data = tiny_data()
-    single = SimpleNamespace(batch=data.batch, class_weights=data.class_weights)
-    data.batch, data.class_weights = lambda windows: single.batch(windows).double(), lambda members: single.class_weights(members).double()
-    fold = folds(listing)[1]
-    members = [i for i in fold.train if i % 3 or i % 8 < 2]
-    data.standardise_by(members)
-    train.seed(options, 1, 0)
-    alphas, logged, step = [], [], train.weight_step
-
-    def spy(net, *args):
-        alphas.append([a.detach().clone() for a in getattr(net, "alphas", list)()])
-        return step(net, *args)
-
-    def still(net):
-        nn.Module.train(net.double(), False)
-        net.train = lambda mode=True: net
-        return net
-
-    supernet = still(train.network(options, 4))
-    train.weight_step = spy
-    train.search(supernet, data, members, options, lambda **row: logged.append([row["loss"], row["alpha_loss"]]))
-    torch.manual_seed(1)
-    net = still(train.network(options, 4, random_genotype(1)))
-    train.train(net, data, members, fold.validation, options, lambda **row: logged.append([row["loss"], row["val_ua"]]))
-    train.weight_step = step
-    return {"alphas": alphas, "logged": torch.tensor(logged), "supernet": supernet.state_dict(), "net": net.state_dict()}
+def test_help_shows_every_option_with_its_default(capsys):
+    text, options = " ".join(said(capsys, "--help", sizes=[]).split()), train.fields(train.Options)
+    assert len(options) <= 45
+    for f in options:
+        flag = train.flag(f.name)
+        about = re.search(rf" {flag}(?:, --no-{flag[2:]})? (.*?)(?= --[a-z]|$)", text.split("options: -h")[1])[1]
+        assert "default" in about or f"small: {train.SCALES['small'].get(f.name)}" in about or f.default is None, f.name
 
 
-def tiny_net():
-    torch.manual_seed(0)
-    return train.network(tiny_options(), 4)
+def test_what_is_imported():
+    more = {"numpy", "scipy", "torchaudio"}
+    for name, allowed in {"emodarts": set(), "features": more, "train": more | {"emodarts", "features"}}.items():
+        nodes = [n for n in ast.walk(ast.parse((HERE / f"{name}.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = {alias for n in nodes for alias in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
+        assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) == allowed | {"torch"}
 
 
-def shared_by(rank, world, folder, cases):
-    torch.set_num_threads(1)
-    train.meet("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save([shared(*case) for case in cases], folder / f"rank{rank}.pt")
-    keep = train.Keeper(torch.device("cpu"))
-    keep.parts = {"net": tiny_net()}
-    keep.pause()
-    with torch.no_grad():
-        keep.parts["net"].alpha["seq"][0, 0] += 1e-7 * rank
-    with pytest.raises(train.Apart):
-        keep.pause()
-    torch.distributed.destroy_process_group()
-    assert "gloo" not in "".join(task.read_text() for task in Path("/proc/self/task").glob("*/comm"))  # no thread is left
-
-
-@pytest.mark.parametrize("world, cases", [(2, [(1, 3), (2, 3)]), (3, [(1, 4), (2, 2)])])  # batches of 2 leave the third rank none
-def test_ranks_that_share_the_steps_end_where_one_process_ends(tmp_path, world, cases):
-    torch.multiprocessing.spawn(shared_by, (world, tmp_path, cases), world)
-    seen = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
-    for n, case in enumerate(cases):
-        alone = shared(*case)
-        assert len(alone["alphas"]) > 8 and not torch.equal(alone["alphas"][0][0], alone["alphas"][2][0])
-        for rank in seen:
-            torch.testing.assert_close(rank[n], alone, atol=1e-9, rtol=1e-9)
-            torch.testing.assert_close(rank[n]["alphas"], seen[0][n]["alphas"], atol=0, rtol=0)  # after every step, the same bits
-
-
-def test_synchronised_batch_norm_is_in_its_place():
-    """On GPUs only; here it can be seen that edges still share what they shared, and that files and predictions are the same."""
-    net, x = tiny_net().eval(), torch.randn(2, 1, 16, 16)
-    norms, keys, y = [id(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)], list(net.state_dict()), net(x)
-    train.synchronised(net)
-    assert [id(m) for m in net.modules() if isinstance(m, nn.SyncBatchNorm)] == norms and list(net.state_dict()) == keys
-    assert torch.equal(net(x), y)
-
-
-RANKS = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import torch, train
-train.SAVE_EVERY = 0
-calls, real = [], train.weight_step
-def deadly(*args):
-    calls.append(1)
-    if (os.environ["RANK"], len(calls)) == ("1", 3) and sys.argv[1] == "faults":
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    return real(*args)
-train.weight_step = deadly
-sys.exit(train.main(sys.argv[2:]))
-"""
-
-
-def torchrun(cwd, out, *more, faults="", restarts=0, code=0):
-    (cwd / "ranks.py").write_text(RANKS.format(here=str(HERE)))
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts} ranks.py".split()
-    argv = [*launch, faults, *TINY, "--out", out, "--cache", f"cache-{out}", *more]
-    return command(*argv, cwd=cwd, code=code)
-
-
-def test_ranks_take_whole_folds_where_there_are_enough(undisturbed):
-    cwd, _ = undisturbed
-    done = torchrun(cwd, "folds")
-    assert left_behind(cwd, "folds") == left_behind(cwd, "whole")
-    assert done.stdout.count("pooled") == 1 and done.stderr.count("warning: emodb") == 1
-    assert re.search(r"^rank [01]: fold 0: found in", done.stdout, re.M) and re.search(r"^ranks +2, each takes folds of its own", done.stdout, re.M)
-
-
-def test_a_rank_that_dies_is_named_and_the_restarted_job_ends_as_if_it_had_not(undisturbed):
-    """It is killed, and then has no memory; each time the job goes on from the last checkpoint."""
-    cwd, _ = undisturbed
-    undied = torchrun(cwd, "steps", "--folds", "0")
-    assert undied.stdout.count("fold 0: found in") == undied.stdout.count("pooled") == 1 and "2, which share each step" in undied.stdout
-    died = torchrun(cwd, "died", "--folds", "0", faults="faults", restarts=2)
-    errors = [line for line in died.stderr.splitlines() if re.match(r"rank \d: error", line)]
-    assert len(errors) == 1 and errors[0].startswith("rank 1: error: CUDA out of memory") and "Traceback" not in died.stderr, died.stderr
-    assert left_behind(cwd, "steps") == left_behind(cwd, "died")
-    log = list(csv.DictReader(open(cwd / "steps" / "fold0" / "log.csv")))
-    assert [(row["stage"], row["epoch"]) for row in log] == [("search", "1"), ("search", "2"), ("train", "1"), ("train", "2")]
+def test_readmes_commands_and_example_are_those_that_run():
+    readme, script = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
+    run, test = re.findall(r"^pip install .*$", readme, re.MULTILINE)
+    assert "python train.py" in run and "pytest" in test
+    assert re.findall(r"^pip install .*$", script, re.MULTILINE) == [f"{command} || exit 1" for command in (test, run)]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)  # our own file
+    assert isinstance(names["genotype"], Genotype) and names["net"](names["x"][:2]).shape == (2, 4)

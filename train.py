@@ -148,7 +148,8 @@ def flag(name):
 def parse(argv):
     """Command line -> Options, with everything that depends on corpus and scale filled in."""
     parser = argparse.ArgumentParser(
-        usage="python train.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python train.py [options]", description=__doc__,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
     )
     groups = {}
     for f in fields(Options):

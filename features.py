@@ -615,8 +615,7 @@ def compute(folder, paths, settings, workers, progress):
         features.truncate(ends[len(done) - 1] if len(done) else 0)
         journal.truncate(done.nbytes)
         left = paths[len(done) :]
-        many = workers > 1 and len(left) >= POOLED
-        how = dict(num_workers=workers, multiprocessing_context="spawn") if many else {}
+        how = dict(num_workers=workers, multiprocessing_context="spawn") if workers > 1 and len(left) >= POOLED else {}
         work = functools.partial(compute_one, settings=settings)
         loader = DataLoader(left, None, collate_fn=work, generator=torch.Generator(), **how)  # or it draws from torch's
         for n, (maps, seconds, _) in enumerate(loader, start=1):
@@ -625,6 +624,7 @@ def compute(folder, paths, settings, workers, progress):
             journal.write(np.array((len(maps), seconds), RECORD).tobytes())
             journal.flush()
             if n % 32 == 0 or n == len(left):
+                os.fsync(features.fileno())  # a store that is done is on the disk, even where the power fails
                 more = (time.time() - started) * (len(left) / n - 1)
                 progress(f"features {len(done) + n}/{len(paths)}, {more:.0f} s left")
     return np.fromfile(folder / "journal", RECORD)

@@ -842,7 +842,7 @@ def test_msp_podcast_paper(tmp_path, monkeypatch):
     assert folds(listing) == folds(listing)
     for before, after in zip(whole, folds(listing)):
         for (_, everyone), (_, some) in zip(before.sides(), after.sides()):
-            assert len(some) == 7 and set(some) < set(everyone) and some != everyone[:11]
+            assert len(some) == 7 and set(some) < set(everyone) and some != everyone[:7]
 
 
 def test_another_corpus_is_a_function_and_a_row(tmp_path, monkeypatch):
@@ -1071,7 +1071,8 @@ def test_all_bad_files_are_named_at_once(tmp_path, capsys):
 def test_a_run_that_was_killed_at_any_moment_goes_on(tmp_path, reads):
     listing, cache = emodb(tmp_path, 45), tmp_path / "cache"
     store, whole = load(listing, SHORT, cache), content(cache)
-    assert len(store.features) == 43 + 2 * 17 and store.seconds.max() == 17 and isinstance(store.features, np.memmap)
+    assert store.features.shape == (43 + 34, 8, 16) and store.seconds.sum() == pytest.approx(43 * 0.1 + 34)
+    assert isinstance(store.features, np.memmap)
     window, of = store.windows_of([1, 0])
     assert window.tolist() == [*range(1, 18), 0] and of.tolist() == [0] * 17 + [1]
     states = [(0, 0, 0), (5, 0, 0), (9 * 256, 11, 0), (256 + 3, 12, 1), (20 * 256, 53, 4), (77 * 256, 539, 44),
@@ -1383,8 +1384,8 @@ def test_agreement_against_chance():
 def test_multiply_accumulates_by_hand():
     lstm = train.Baseline("lstm", 4, 20)  # two layers, two directions, four gates, width 64; 10 frames
     assert train.macs(lstm, (20, 10)) == 10 * 2 * 4 * 64 * ((20 + 64) + (128 + 64)) + 128 * 4
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 5, groups=3), nn.Flatten(1), nn.Linear(72, 2))
-    assert train.macs(net, (12, 15)) == 6 * 8 * 6 * 9 + 2 * 4 * 6 * 2 * 25 + 72 * 2
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 5, groups=3), nn.Flatten(1), nn.Linear(48, 2))
+    assert train.macs(net, (12, 15)) == 6 * 8 * 6 * 9 + 2 * 4 * 6 * 2 * 25 + 48 * 2
 
 
 def test_halves_are_stratified_and_complete():
@@ -1472,7 +1473,7 @@ def test_training_is_the_plain_loop(cwd, tmp_path, scale):
     weight = torch.tensor(len(members) / 3 / np.bincount(data.labels[members]), dtype=torch.float32).double()
     for epoch, row in enumerate(keep.rows):
         plain.drop_path, losses = (0.2 if scale == "paper" else 0) * epoch / 2, []
-        for step, (window, target) in enumerate(data.order(members, 5, 0, 0, "train", epoch)):
+        for step, (window, target) in enumerate(data.order(members, 6, 0, 0, "train", epoch)):
             torch.manual_seed(train.place(0, 0, "train", epoch, step, 0))
             optimizer.zero_grad()
             loss = F.cross_entropy(plain.train()(data.maps(window)), target, weight, label_smoothing=0.1)
@@ -1689,7 +1690,7 @@ def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
         assert (test["name"], test["speakers"], len(predicted)) == (name, [speaker], 10)
         assert {row["utterance"][12] for row in predicted} == {speaker}
         assert results["sets"][name]["wa"]["mean"] == np.mean([row["label"] == row["predicted"] for row in predicted])
-        assert f"{name}: UA {100 * test['ua']:.1f}" in text and f"| {name} |" in text and f"\n0     {name}" in out
+        assert f"{name}: UA {100 * test['ua']:.1f}" in text and f"| {name} |" in text and re.search(f"^0 +{name} ", out, re.M)
 
 
 @pytest.mark.parametrize("normalise", ["train", "speaker"])

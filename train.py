@@ -961,7 +961,11 @@ def share_steps(options, device):
     # group's threads would then meet the interpreter's end, and may abort it.
     import torch._dynamo  # noqa: F401
 
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(distributed.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with the addresses of the dead
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def reduced(loss, gradients):

@@ -251,7 +251,7 @@ class Cell(nn.Module):
             share([op for i, j, _ in edges for op in self.edges[f"{j}_{i}"].ops.values()])
 
     def forward(self, s0, s1, weight=None, drawn=None, p_drop=0.0):
-        """`weight`: (edges, operations), edges ordered by node, then predecessor, and `drawn`, (edges,): see `MixedOp`.
+        """`weight` and `drawn`: lists over the edges, ordered by node, then predecessor, of what `MixedOp` takes.
         `p_drop`: the share of utterances for which an edge of a derived cell is dropped in training (drop-path)."""
         states = [self.before[0](s0), self.before[1](s1)]
         arrived = [[] for _ in self.leaving]  # at state i: edge_ji(state j), in the order of j
@@ -463,7 +463,7 @@ class Network(nn.Module):
     seq_width    D of the SeqNN, to which `Frames` projects; None, the paper's, is the mean over F
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     relaxation   "softmax" or "sample", see `relaxed`; of the supernet
-    dropout      after each cell
+    dropout      after each cell; `Frames` has its own
     recompute    cells keep their states only, see `Cell.leave`
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
     fixed        a Genotype of the cells that the search leaves as they are; of the supernet

@@ -1,12 +1,10 @@
 """The tests are oracles: each compares with something independent (an exact gradient, a count from the literature,
 another formulation, torchaudio, a run that was not disturbed) and fails when the code is wrong."""
 
-import ast
 import contextlib
 import copy
 import csv
 import inspect
-import io
 import itertools
 import json
 import math
@@ -22,7 +20,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -38,13 +35,13 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchaudio
-from scipy.io import wavfile
 from torch import nn
 
 import emodarts
 import features
 import train
-from emodarts import CNN_OPS, SEQ_OPS, SEQ_SPACES, Architect, Genotype, MixedOp, Network, decided, derive, expected_parameters, without_statistics
+from emodarts import CNN_OPS, SEQ_OPS, SEQ_SPACES, Architect, Genotype, MixedOp, Network, decided, derive
+from emodarts import expected_parameters, without_statistics
 from features import CORPORA, InputError, Listing, Settings, Utterance, folds, load, lock, read_corpus
 
 HERE = Path(__file__).parent
@@ -102,17 +99,10 @@ def test_paper_scale_has_the_published_number_of_weights(space, count):
         net = Network(seq_space=space)
     assert sum(p.numel() for p in net.cnn.parameters()) == 345_312
     assert sum(p.numel() for p in net.weights()) == count
-
-
-def test_names_spaces_and_parameters():
-    sizes = {name: len(ops) for name, ops in SEQ_SPACES.items()}
-    assert len(CNN_OPS) == 8 and sizes == {"all": 14, "lstm": 6, "rnn": 6, "lstm_att": 4, "rnn_att": 4}
-    assert all({"none", "skip_connect"} <= set(ops) <= set(SEQ_OPS) for ops in SEQ_SPACES.values())
-    net = Network(**SMALL)
     w, alphas = {id(p) for p in net.weights()}, {id(p) for p in net.alphas()}
     assert len(alphas) == 3 and not w & alphas and w | alphas == {id(p) for p in net.parameters()}
-    assert {f"alpha.{kind}" for kind in KINDS} <= set(net.state_dict())
-    assert not Network(**SMALL, genotype=some_genotype()).alphas()
+    sizes = {name: len(ops) for name, ops in SEQ_SPACES.items()}
+    assert len(CNN_OPS) == 8 and sizes == {"all": 14, "lstm": 6, "rnn": 6, "lstm_att": 4, "rnn_att": 4}
 
 
 @pytest.mark.parametrize("name, relus, offsets, strided", [
@@ -307,16 +297,6 @@ def test_a_cell_is_its_plain_definition(kind, size, older):
         close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_what_edges_share_is_computed_once_and_counted_once():
-    net, calls = Network(**SMALL), []
-    for m in net.modules():
-        if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
-            m.register_forward_hook(lambda *_: calls.append(1))
-    net(batch(4)[0])
-    assert len(calls) == 3 * 3 * 2  # cells, states with edges, kinds of pooling
-    assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_supernet_with_one_hot_alphas_is_the_derived_network(training, whole):
@@ -354,7 +334,6 @@ def test_derivation_ranks_edges_by_softmax_weight():
 @pytest.mark.parametrize("given, says", [
     ("__import__('os')", "expected a JSON object with the cells normal, reduce, seq"),
     ("[" * 100_000, "expected a JSON object"),
-    ("[1, 2]", "expected a JSON object"),
     ('{"nromal": [[["skip_connect", 0]]]}', "cells normal, reduce, seq .*nromal"),
     *(('{"seq": %s}' % cell, r"seq cell: expected a list of nodes, each a list of edges \[operation, predecessor\]")
       for cell in ("3", "[]", "[[]]", '[["lstm_1", 0]]', '[[["lstm_1", 0, 1]]]')),
@@ -421,9 +400,11 @@ def sampling(**more):
 
 
 def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn():
-    """In logits and gradients of the weights; what was not drawn is not touched."""
-    net, drawn, x = sampling(), {}, batch(4, dtype=torch.float64)[0]
-    relaxed = net.relaxed
+    """In logits and gradients of the weights; what was not drawn is not touched. In evaluation nothing is drawn."""
+    net, drawn, (x, target) = sampling(), {}, batch(4, dtype=torch.float64)
+    softmax, relaxed = Network(**SMALL).double().eval(), net.relaxed
+    softmax.load_state_dict(net.state_dict())
+    close(copy.deepcopy(net).eval()(x), softmax(x))
 
     def recorded(kind):  # all cells of a kind draw the same: the last draw is the only one
         drawn[kind] = relaxed(kind)
@@ -444,25 +425,11 @@ def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn():
             assert (p.grad is None) == (gradients.get(name) is None) or name.startswith("alpha."), name
             if gradients.get(name) is not None:
                 close(p.grad, gradients[name])
-
-
-def test_the_gradient_of_a_draw_is_the_straight_through_one():
-    """With p = softmax(alpha + g), g Gumbel noise, d drawn: dL/dalpha_k = <dL/dy, o_d(x)> p_d (delta_dk - p_k)."""
-    net = sampling(seq_space="rnn_att")
-    alpha, edges, x = net.alpha["seq"], net.seq[0].edges.values(), torch.randn(3, 4, 32).double()
-    g = -torch.empty(alpha.shape).exponential_(generator=torch.Generator().manual_seed(5)).log()  # -log(-log u)
-    p = (alpha + g).softmax(dim=1).detach()
-    weight, drawn = net.relaxed("seq")
-    assert drawn == p.argmax(dim=1).tolist() and len(set(drawn)) > 2
-    for row, (edge, d) in enumerate(zip(edges, drawn, strict=True)):
-        called, dL_dy = [], torch.randn_like(x)
-        y = edge(x, weight[row], d, lambda op, x: called.append(op) or op(x))
-        (gradient,) = torch.autograd.grad(y, alpha, dL_dy, retain_graph=True)
-        assert called == [list(edge.ops.values())[d]]  # and no other
-        expected = torch.zeros_like(alpha)
-        for k in range(alpha.shape[1]):
-            expected[row, k] = (dL_dy * called[0](x)).sum() * p[row, d] * (float(k == d) - p[row, k])
-        close(gradient, expected)
+    with torch.no_grad():  # all edges draw `none`: the CNN hears nothing of the loss, and that is no error
+        net.alpha["seq"].fill_(-1000.0)[:, 0] = 0.0
+    assert [g.norm() for g in Architect(net, F.cross_entropy).first_order((x, target))[1]] == [0, 0, 0]
+    with pytest.raises(ValueError, match="order 2 .* softmax"):
+        Architect(net, F.cross_entropy, order=2)
 
 
 def test_every_operation_is_drawn_with_its_probability():
@@ -479,28 +446,25 @@ def test_every_operation_is_drawn_with_its_probability():
         assert abs((a == b).float().mean() - p[0].square().sum()) < 0.05  # draw independently
 
 
-def test_draws_follow_their_generator_and_evaluation_draws_nothing():
-    net, softmax, (x, _) = sampling(), Network(**SMALL).double().eval(), batch(4, dtype=torch.float64)
-    softmax.load_state_dict(net.state_dict())
-    close(copy.deepcopy(net).eval()(x), softmax(x))
-    for draws in (net.draws, torch.default_generator):  # torch's own where there is no other
-        net.draws, logits = None if draws is torch.default_generator else draws, []
-        for seed in (7, 7, 8):
-            torch.manual_seed(len(logits))
-            draws.manual_seed(seed)
-            logits.append(net(x))
-        assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
-
-
-def test_first_order_survives_draws_that_cut_the_network_in_two_and_second_order_is_refused():
-    """Where all edges draw `none` the CNN hears nothing of the loss: its gradient is zero, and no error."""
-    net = sampling()
-    with torch.no_grad():
-        net.alpha["seq"].fill_(-1000.0)[:, 0] = 0.0
-    _, gradient = Architect(net, F.cross_entropy).first_order(batch(4, dtype=torch.float64))
-    assert [g.norm().item() for g in gradient] == [0, 0, 0]
-    with pytest.raises(ValueError, match="order 2 .* softmax"):
-        Architect(net, F.cross_entropy, order=2)
+def test_the_gradient_of_a_draw_is_the_straight_through_one():
+    """With p = softmax(alpha + g), g Gumbel noise, d drawn: dL/dalpha_k = <dL/dy, o_d(x)> p_d (delta_dk - p_k). And d
+    maximises alpha + g, which by the Gumbel-max theorem has it drawn with the probability softmax(alpha)_d."""
+    net, random = sampling(seq_space="rnn_att"), torch.Generator().manual_seed(5)
+    alpha, edges, x = net.alpha["seq"], net.seq[0].edges.values(), torch.randn(3, 4, 32).double()
+    for _ in range(2):  # each draw of a generator is a new one
+        g = -torch.empty(alpha.shape).exponential_(generator=random).log()  # -log(-log u)
+        p = (alpha + g).softmax(dim=1).detach()
+        weight, drawn = net.relaxed("seq")
+        assert drawn == p.argmax(dim=1).tolist() and len(set(drawn)) > 1
+    for row, (edge, d) in enumerate(zip(edges, drawn, strict=True)):
+        called, dL_dy = [], torch.randn_like(x)
+        y = edge(x, weight[row], d, lambda op, x: called.append(op) or op(x))
+        (gradient,) = torch.autograd.grad(y, alpha, dL_dy, retain_graph=True)
+        assert called == [list(edge.ops.values())[d]]  # and no other
+        expected = torch.zeros_like(alpha)
+        for k in range(alpha.shape[1]):
+            expected[row, k] = (dL_dy * called[0](x)).sum() * p[row, d] * (float(k == d) - p[row, k])
+        close(gradient, expected)
 
 
 def smooth(net):
@@ -523,7 +487,7 @@ def test_second_order_term_is_the_exact_one():
             alpha.normal_()
     names = [name for name, _ in net.named_parameters() if not name.startswith("alpha.")]
     val, train, xi = batch(6, 12, 16, torch.float64), batch(6, 12, 16, torch.float64), 0.1
-    with emodarts.without_statistics(net):
+    with without_statistics(net):
         torch.manual_seed(1)
         masks = int(torch.randint(2**62, ()))  # the architect's first draw
         with torch.random.fork_rng():
@@ -543,19 +507,22 @@ def test_second_order_term_is_the_exact_one():
 def test_first_order_is_the_plain_gradient_and_the_expected_size_may_be_added():
     net, twin, (x, target) = Network(**SMALL, dropout=0.0), Network(**SMALL, dropout=0.0), batch(4)
     twin.load_state_dict(net.state_dict())
-    architect = Architect(net, F.cross_entropy, penalty=lambda: emodarts.expected_parameters(net) / 1e6)
-    loss, size = F.cross_entropy(twin(x), target), 0.0
-    loss.backward()
-    close(flat(architect.first_order((x, target))[1]), flat([alpha.grad for alpha in twin.alphas()]))
-    for cell in (*twin.cnn, *twin.seq):
-        for alpha, edge in zip(twin.alpha[cell.kind].exp(), cell.edges.values(), strict=True):
-            sizes = [sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]
-            size = size + sum(a / alpha.sum() * n for a, n in zip(alpha, sizes, strict=True))
-    close(emodarts.expected_parameters(net), size)
-    (size / 1e6).backward()
-    torch.optim.Adam(twin.alphas(), 3e-4, (0.5, 0.999), weight_decay=1e-3).step()
-    assert architect.step((x, target)) == pytest.approx(loss.item())
-    close(flat(net.alphas()), flat(twin.alphas()))
+    architect = Architect(net, F.cross_entropy, penalty=lambda: expected_parameters(net) / 1e6)
+    optimizer = torch.optim.Adam(twin.alphas(), 3e-4, (0.5, 0.999), weight_decay=1e-3)
+    for _ in range(2):  # the first step of Adam says nothing of its betas
+        optimizer.zero_grad()
+        loss, size = F.cross_entropy(twin(x), target), 0.0
+        loss.backward()
+        close(flat(architect.first_order((x, target))[1]), flat([alpha.grad for alpha in twin.alphas()]))
+        for cell in (*twin.cnn, *twin.seq):
+            for alpha, edge in zip(twin.alpha[cell.kind].exp(), cell.edges.values(), strict=True):
+                sizes = [sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]
+                size = size + sum(a / alpha.sum() * n for a, n in zip(alpha, sizes, strict=True))
+        close(expected_parameters(net), size)
+        (size / 1e6).backward()
+        optimizer.step()
+        assert architect.step((x, target)) == pytest.approx(loss.item())
+        close(flat(net.alphas()), flat(twin.alphas()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("order, fails_at", [(1, None), (1, 1), (2, None), (2, 1), (2, 2), (2, 3), (2, 4)])
@@ -577,22 +544,6 @@ def test_an_alpha_step_leaves_weights_and_statistics_alone(order, fails_at):
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_two_ranks_find_the_gradient_that_one_process_finds(order):
-    """Each has half of a batch, here the same half, so that the other's summand is one's own. In evaluation mode: in
-    training batch norm normalises by what a rank has of the batch."""
-    net, gradients = sampling(seq_space="rnn").eval(), []
-    net.relaxation = "softmax"
-    halves = [batch(3, dtype=torch.float64) for _ in range(2)]  # validation, training
-    whole = [(x.repeat(2, 1, 1, 1), target.repeat(2)) for x, target in halves]
-    for (val, train), reduce in ((whole, None), (halves, lambda loss, gradient: (2 * loss, [2 * g for g in gradient]))):
-        architect = Architect(net, lambda logits, target: F.cross_entropy(logits, target, reduction="sum") / 6,
-                              order=order, reduce=reduce)
-        loss, gradient = architect.first_order(val) if order == 1 else architect.second_order(val, train, xi=0.1)
-        gradients.append(torch.cat([loss[None], flat(gradient)]))
-    close(*gradients, rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("life", ["softmax", "sample", "derived"])
 def test_recomputation_changes_no_bit(life):
     sizes = dict(SMALL, seq_width=8, **({"genotype": some_genotype()} if life == "derived" else {"relaxation": life}))
@@ -611,7 +562,7 @@ def test_recomputation_changes_no_bit(life):
         states.append(net.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert all(torch.equal(states[0][name], t) for name, t in states[1].items())
-    assert {int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")} <= {0, 1, 2}
+    assert max(int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")) == 2
     assert begun[True] > 1.5 * begun[False]  # it was computed again
 
 
@@ -687,18 +638,23 @@ WORDS = [b",", b";", b"\t", b"\n", b"\r", b'"', b"\0", b"A" * 5000, b'"' + b"x" 
          b"\xd9\xa3", b"\xc5\xbf", b"Unknown"]
 
 
-def feed(path, many, use, tokens=WORDS, answers="used refused"):
-    """Writes mutants of a file: bits changed, cut, repeated, numbers at their limits, tokens that its format knows.
-    Each is used or refused within 5 s, with all of these answers."""
-    random, content, found = np.random.default_rng(0), path.read_bytes(), set()
-    for k in range(many):
+def mutants(content, many, tokens=(b"",)):
+    """Copies of a file: bytes changed, cut, repeated, numbers at their limits, tokens that its format knows."""
+    random = np.random.default_rng(0)
+    for _ in range(many):
         mutant = bytearray(content)
-        for _ in range(random.integers(0, 5) if k else 0):
+        for _ in range(random.integers(1, 5)):
             at, n = int(random.integers(len(mutant) + 1)), int(random.integers(1, 9))
             new = [bytes(random.integers(0, 256, n, dtype=np.uint8)), bytes(mutant[:at][-50:]), b"\xff" * n, b"\0" * n]
             new += [b"", b"\x7f\xff\xff\xff"] + [tokens[random.integers(len(tokens))]] * 3
             mutant[at : at + n * int(random.integers(2))] = new[random.integers(len(new))]
-            mutant = mutant[: at if random.integers(8) == 0 else None]
+        yield bytes(mutant[: at if random.integers(8) == 0 else None])
+
+
+def feed(path, many, use, tokens=WORDS, answers="used refused"):
+    """A file and its mutants are used or refused within 5 s each, with all of these answers."""
+    content, found = path.read_bytes(), set()
+    for mutant in (content, *mutants(content, many, tokens)):
         path.write_bytes(mutant)
         started = time.perf_counter()
         try:
@@ -714,7 +670,6 @@ def divide(*arguments, protocols=("standard", "paper")):
     return [folds(read_corpus(*arguments, "all", protocol)) for protocol in protocols]
 
 
-# Corpora -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
 def test_free_corpora(tmp_path, depth):
     codes = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
@@ -734,7 +689,8 @@ def test_free_corpora(tmp_path, depth):
         ("crema-d", crema, [{str(a) for a in range(first, last + 1)} for first, last in ends]),
         ("nemo", nemo, [{"EB0"}, {"IC0"}, {"WR0"}]),
     ):
-        others = ["._" + min(wanted), ".DS_Store", "notes.wav", "03-02-05-01-01-01-01.wav", "x_anger_1.wav"]
+        others = [".DS_Store", "notes.wav", "03-02-05-01-01-01-01.wav", "x_anger_1.wav"]
+        others += ["._" + min(wanted), ".git/" + min(wanted)]
         files = empty([*wanted, *others], f"{depth}samples/") | {f"{depth}data.tsv": table}
         root = tree(tmp_path / dataset, files | empty(wanted, f"{depth}samples/again/"))
         assert check(root, dataset, wanted, groups, classes="all").classes == tuple(sorted({*wanted.values()}))
@@ -790,7 +746,7 @@ def test_msp_improv(tmp_path, name):
     sessions = [{f"F{s:02}", f"M{s:02}"} for s in range(1, 7)]
     assert check(tmp_path, "msp-improv", rated, sessions).classes == features.CLASSES  # four, though nobody is sad
     check(tmp_path, "msp-improv", read, sessions, tested=(0, 1, 2, 4), protocol="paper")
-    feed(root / name, 20, lambda: divide("msp-improv", tmp_path))
+    feed(root / name, 120, lambda: divide("msp-improv", tmp_path))
 
 
 def msp_podcast(label_file="labels_consensus.csv", audio="Audios", validation="Development"):
@@ -806,11 +762,10 @@ def msp_podcast(label_file="labels_consensus.csv", audio="Audios", validation="D
     return files | {label_file: b"\xef\xbb\xbf" + "\r\n".join(text).encode()}
 
 
-@pytest.mark.parametrize(
-    "name, audio, validation",
-    [("Labels/labels_consensus.csv", "Audios", "Development"), ("Labels/Labels_Concensus.csv", "Audio", "Validation"),
-     ("labels_concensus.csv", "Audios", "Validation"), ("labels_consensus.csv", "Audio", "Development")],
-)
+@pytest.mark.parametrize("name, audio, validation", [
+    ("Labels/labels_consensus.csv", "Audios", "Development"), ("Labels/Labels_Concensus.csv", "Audio", "Validation"),
+    ("labels_concensus.csv", "Audios", "Validation"), ("labels_consensus.csv", "Audio", "Development"),
+])
 def test_msp_podcast(tmp_path, capsys, name, audio, validation):
     table = tree(tmp_path / "a", msp_podcast(name, audio, validation)) / name
     standard = read_corpus("msp-podcast", tmp_path)
@@ -845,19 +800,6 @@ def test_msp_podcast_paper(tmp_path, monkeypatch):
             assert len(some) == 7 and set(some) < set(everyone) and some != everyone[:7]
 
 
-def test_another_corpus_is_a_function_and_a_row(tmp_path, monkeypatch):
-    def index(root):
-        """Files named like P_h.wav (mine)."""
-        for path in features.below(root, r".+_\w\.wav"):
-            yield Utterance(path, path.stem[-1], path.stem[-3], group=path.stem[-3])
-
-    monkeypatch.setitem(CORPORA, "another", features.Corpus(index, {"h": "happy", "s": "sad"}))
-    with pytest.raises(InputError, match=r"found 0 labels, and no file\); looked for: Files named like P_h.wav \(mine"):
-        read_corpus("another", tmp_path)
-    tree(tmp_path, empty(f"{s}_{code}.wav" for s in ("P", "Q", "R", ".git/P", "._P") for code in "hsx"))
-    check(tmp_path, "another", {f"{s}_{c[0]}.wav": c for s in "PQR" for c in ("happy", "sad")}, [{"P"}, {"Q"}, {"R"}])
-
-
 def test_csv(tmp_path):
     wanted = {f"{s}{label}.wav": label for s in "abc" for label in ("zen", "awe")}
     rows = [f"sounds/{name},{label},{name[0]}" for name, label in wanted.items()]
@@ -876,7 +818,7 @@ SPLIT = "".join(f"{s}.wav,{n},{s},{split}\n" for s, split in zip("abc", ("train"
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, error",
     [("path,label\na.wav,x\n", "has the columns path,label; expected path,label,speaker"),
      ("", "has the columns (none)"), ("path,label,speaker\n", "has a header and no row"),
      ("path,label,speaker\ngone.wav,x,1\n", "names 1 files that are not in"),
@@ -887,10 +829,10 @@ SPLIT = "".join(f"{s}.wav,{n},{s},{split}\n" for s, split in zip("abc", ("train"
      (SPLIT + "a.wav,x,d,dev\n", "unknown split 'dev' of a.wav; known: train, validation, test"),
      (SPLIT.replace("test", "train"), "found 2 part(s): train, validation; a fold needs three"), (SPLIT, "fine")],
 )
-def test_csv_errors(tmp_path, text, said):
+def test_csv_errors(tmp_path, text, error):
     text = "path,label,speaker,split\n" + text if text.startswith("a.wav") else text
     file = tree(tmp_path, empty(["a.wav", "b.wav", "c.wav"]) | {"mine.csv": text}) / "mine.csv"
-    with pytest.raises(InputError, match=re.escape(said)):
+    with pytest.raises(InputError, match=re.escape(error)):
         listing = read_corpus("csv", file)
         assert [speakers(listing, fold) for fold in folds(listing)] == [[{"a"}, {"b"}, {"c"}]]
         raise InputError("fine")
@@ -926,7 +868,6 @@ def test_input_errors_are_one_line(tmp_path, capsys, arguments, said):
     assert said in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-# Sounds and features -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
 @pytest.mark.parametrize("form", [{}, {"extensible": True}, {"extra": True}])
 def test_every_wav_is_read_as_16_khz_mono_and_its_header_tells_the_windows(tmp_path, kind, bits, form):
@@ -969,20 +910,18 @@ def test_windows_lose_nothing():
     assert short.shape == (1, 16000) and short[0, :10].sum() == short.sum() == 10
 
 
-@pytest.mark.parametrize("kind", ["mfcc", "log-mel"])
-def test_features_are_torchaudios(kind):
-    mel, bands = dict(n_fft=1024, hop_length=250), 128 if kind == "mfcc" else 64
+@pytest.mark.parametrize("kind, bands", [("mfcc", 128), ("mfcc", 20), ("log-mel", 64)])
+def test_features_are_torchaudios(kind, bands):
+    mel, clamp = dict(n_fft=1024, hop_length=250), torchaudio.transforms.AmplitudeToDB(top_db=80)
     oracle = torchaudio.transforms.MFCC(16000, bands, log_mels=False, melkwargs=mel | {"n_mels": 128})
     if kind == "log-mel":
-        mels = torchaudio.transforms.MelSpectrogram(16000, n_mels=bands, **mel)
-        oracle = torch.nn.Sequential(mels, torchaudio.transforms.AmplitudeToDB(top_db=80))
+        oracle = nn.Sequential(torchaudio.transforms.MelSpectrogram(16000, n_mels=bands, **mel), clamp)
     for seconds in (0.5, 8.0, 19.3):
         samples = (np.random.default_rng(0).standard_normal(int(16000 * seconds)) * 0.1).astype(np.float32)
         samples[: len(samples) // 2] *= 1e-6  # the clamp at 80 dB counts
         for window in torch.from_numpy(features.windows(samples, Settings())):
             expected = oracle(window)[:, :512].reshape(bands, 128, 4).amax(dim=2)
-            ours = features.transform(Settings(bands, kind=kind))(window)
-            torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+            close(features.transform(Settings(bands, kind=kind))(window), expected, atol=1e-3, rtol=0)
 
 
 def test_mfcc_against_its_definition():
@@ -1007,15 +946,12 @@ def test_mfcc_against_its_definition():
 def test_settings_have_names():
     assert Settings.named("log-mel-64", window=4.0) == Settings(64, 4.0, kind="log-mel")
     assert Settings.named("mfcc-128") == Settings() and Settings.named("log-mel-7").name == "log-mel-7"
-    for name in ("mfcc", "mfcc-0", "mel-64", "log-mel-064", "mfcc-128 ", "mfcc-129", "log-mel-" + "9" * 5000):
-        with pytest.raises(InputError, match="as in log-mel-64 or mfcc-128|expected 1 to 128"):
-            Settings.named(name)
-    for wrong in (dict(window=0.1), dict(window=float("nan")), dict(padding="none"), dict(kind="mel")):
-        with pytest.raises(InputError, match="expected"):
-            Settings(**wrong)
+    names = ("mfcc", "mfcc-0", "mel-64", "log-mel-064", "mfcc-128 ", "mfcc-129", "log-mel-" + "9" * 5000)
+    for wrong in (*names, dict(window=0.1), dict(window=math.nan), dict(padding="none"), dict(kind="mel")):
+        with pytest.raises(InputError, match="as in log-mel-64 or mfcc-128|expected"):
+            Settings.named(wrong) if isinstance(wrong, str) else Settings(**wrong)
 
 
-# The store -----------------------------------------------------------------------------------------------------------
 def emodb(root, n, sounds={}):
     """n sounds, every 40th of 17 s, and others."""
     names = [f"{k % 3 + 3:02}a{k // 4:02}{'WFNT'[k % 4]}a" for k in range(n)]
@@ -1064,7 +1000,7 @@ def test_all_bad_files_are_named_at_once(tmp_path, capsys):
     arguments = ["--dataset", "emodb", "--root", str(tmp_path), "--cache", str(cache), "--skip-bad"]
     assert features.main([*arguments, "--json", str(tmp_path / "index.json")]) == 0
     assert "skipped   13 recordings that cannot be used:\n" in capsys.readouterr().out
-    index = json.loads((tmp_path / "index.json").read_text())
+    index = read_json(tmp_path / "index.json")
     assert index["dataset"] == "emodb" and [fold["tests"] for fold in index["folds"]] == [fold.tests for fold in made]
 
 
@@ -1156,22 +1092,15 @@ with features.lock("a/lock") as mine:
     time.sleep(60)"""
 
 
-def test_locks(tmp_path, monkeypatch):
-    def wait():
-        with lock(file) as mine:
-            entered.append(mine)
-
-    file, entered, waiting = tmp_path / "a/lock", [], threading.Thread(target=wait)
+def test_a_lock_is_free_when_its_process_is_dead_and_everywhere_where_the_system_has_none(tmp_path, monkeypatch):
+    file = tmp_path / "a/lock"
     with lock(file) as mine, lock(file, wait=False) as other:
-        waiting.start()
-        time.sleep(0.1)
-        assert mine and not other and not entered
-    waiting.join()
+        assert mine and not other
     with pytest.raises(KeyError), lock(file):
         raise KeyError
     script = python("-c", FORKED, cwd=tmp_path, stdout=subprocess.PIPE)
     child, mine = script.stdout.readline().split()
-    assert entered == [True] and mine == "True" and script.wait() == -signal.SIGKILL
+    assert mine == "True" and script.wait() == -signal.SIGKILL
     with lock(file, wait=False) as mine:
         assert mine and file.exists()  # the child of the dead process lives, and does not hold it
     os.kill(int(child), signal.SIGKILL)
@@ -1185,8 +1114,8 @@ def test_locks(tmp_path, monkeypatch):
 
 LABELS = ("glad", "mad", "sad")
 TINY = (
-    "--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --channels 2 --cnn-cells 3 --nodes 1 --seq-width 8 "
-    "--seq-space rnn --search-epochs 2 --warm-up 1 --epochs 2 --batch 4 --threads 1 --device cpu"
+    "--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --channels 2 --cnn-cells 3 --nodes 1 "
+    "--seq-width 8 --seq-space rnn --search-epochs 2 --warm-up 1 --epochs 2 --batch 4 --threads 1 --device cpu"
 ).split()
 TWO_FOLDS = ["--folds", "0,1", "--out"]
 
@@ -1197,14 +1126,14 @@ def make_corpus(folder):
         if k == 2 or n < 3:
             t = np.arange(2400 + 800 * n) / 16000  # 0.15 to 0.3 s
             sound = np.sin((2000 + 2500 * k + 100 * ord(s)) * t) + random.standard_normal(len(t)) / 2
-            wavfile.write(folder / f"{s}-{LABELS[k]}{n}.wav", 16000, (8000 * sound).astype(np.int16))
+            tree(folder, {f"{s}-{LABELS[k]}{n}.wav": riff(sound / 4)})
             rows.append(f"{s}-{LABELS[k]}{n}.wav,{LABELS[k]},{s}")
     (folder / "mine.csv").write_text("\n".join(rows))
 
 
 @contextlib.contextmanager
 def stopping(name, n, kill=False):
-    """Inside, a checkpoint is saved after each step, and who calls train's function `name` for the n-th time is stopped."""
+    """Inside, each step saves a checkpoint, and who calls train's function `name` for the n-th time is stopped."""
     owner, calls = os if name == "fsync" else train, itertools.count(1)
     real = getattr(owner, name)
 
@@ -1268,6 +1197,10 @@ def table(file):
     return list(csv.DictReader(open(file, newline="")))
 
 
+def read_json(file):
+    return json.loads(Path(file).read_text())
+
+
 def loaded(options, nan=(), double=False):
     """Data of the corpus as fold 0 sees it, and the folds. `nan`: utterances whose features are not numbers. `double`:
     in float64, so that two ways of computing the same end at the same."""
@@ -1308,14 +1241,12 @@ def test_metrics_by_hand():
     assert confusion.tolist() == [[3, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert train.wa(confusion) == pytest.approx(5 / 7)
     assert train.ua(confusion) == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)  # the third class is absent
-
-
-def test_summary_by_hand():
     confusions = [[[8, 2], [5, 5]], [[1, 0], [0, 3]], [[0, 6], [2, 2]]]
     tests = [{"ua": train.ua(np.array(c)), "wa": train.wa(np.array(c)), "confusion": c} for c in confusions]
-    whole, uas = train.summary(tests), [0.65, 1, 0.25]
-    assert whole["ua"] == pytest.approx({"mean": 1.9 / 3, "std": statistics.stdev(uas), "pooled": (9 / 17 + 10 / 17) / 2})
-    assert (whole["wa"]["mean"], whole["wa"]["pooled"]) == pytest.approx(((0.65 + 1 + 0.2) / 3, 19 / 34))
+    ua, wa = (train.summary(tests)[name] for name in ("ua", "wa"))
+    assert (ua["mean"], ua["pooled"]) == pytest.approx((1.9 / 3, (9 / 17 + 10 / 17) / 2))
+    assert (wa["mean"], wa["pooled"]) == pytest.approx(((0.65 + 1 + 0.2) / 3, 19 / 34))
+    assert ua["std"] == pytest.approx(statistics.stdev([0.65, 1, 0.25]))
     assert train.summary(tests[:1])["ua"]["std"] is None
 
 
@@ -1343,12 +1274,13 @@ def test_comparison_by_hand(tmp_path, capsys):
             results.append({"sets": {"test": {}}, "notes": ["a note"], "folds": entries})
     train.compare(options, runs, results)
     text = (tmp_path / "comparison.md").read_text()
-    rows = {row["model"]: row for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]}
+    rows = {row["model"]: row for row in read_json(tmp_path / "comparison.json")["rows"]}
     ours, theirs = [14, 12, 17], [10, 6, 11]  # seeds averaged
     for model, averaged in (("emodarts", ours), ("cnn", theirs)):
         row, seeds = rows[model], [5 * statistics.mean(values) for values in uas[model]]  # percent
         mean, of_folds, of_seeds = statistics.mean(seeds), 5 * statistics.stdev(averaged), statistics.stdev(seeds)
-        assert row["UA"] == f"{mean:.1f} ± {of_folds:.1f} (± {of_seeds:.1f})" and f"| {row['UA']} | {row['WA']} |" in text
+        assert f"| {row['UA']} | {row['WA']} |" in re.sub(" +", " ", text)
+        assert row["UA"] == f"{mean:.1f} ± {of_folds:.1f} (± {of_seeds:.1f})"
         assert row["WA"] == f"{mean / 2:.1f} ± {of_folds / 2:.1f} (± {of_seeds / 2:.1f})"
         costs = ("seeds", "validation UA", "weights", "MACs", "search", "training", "peak")
         assert [row[name] for name in costs] == [2, "25.0", "11", "2.0 M", "1 s", "3 s", "1.00 GB"]
@@ -1384,8 +1316,8 @@ def test_agreement_against_chance():
 def test_multiply_accumulates_by_hand():
     lstm = train.Baseline("lstm", 4, 20)  # two layers, two directions, four gates, width 64; 10 frames
     assert train.macs(lstm, (20, 10)) == 10 * 2 * 4 * 64 * ((20 + 64) + (128 + 64)) + 128 * 4
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 5, groups=3), nn.Flatten(1), nn.Linear(48, 2))
-    assert train.macs(net, (12, 15)) == 6 * 8 * 6 * 9 + 2 * 4 * 6 * 2 * 25 + 48 * 2
+    layers = nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 5, groups=3), nn.Flatten(1), nn.Linear(48, 2)
+    assert train.macs(nn.Sequential(*layers), (12, 15)) == 6 * 8 * 6 * 9 + 2 * 4 * 6 * 2 * 25 + 48 * 2
 
 
 def test_halves_are_stratified_and_complete():
@@ -1416,8 +1348,8 @@ def test_statistics_are_those_of_the_training_speakers_or_of_each_speaker(cwd, n
     data, parts = loaded(train.parse([*TINY, "--normalise", normalise]))
     for members in [parts[0].train] if normalise == "train" else np.arange(40).reshape(4, 10):
         x = data.maps(data.windows(members)[0])
-        torch.testing.assert_close(x.mean(dim=(0, 1, 3)), torch.zeros(12), atol=1e-3, rtol=0)
-        torch.testing.assert_close(x.std(dim=(0, 1, 3), correction=0), torch.ones(12), atol=1e-3, rtol=0)
+        close(x.mean(dim=(0, 1, 3)), torch.zeros(12), atol=1e-3, rtol=0)
+        close(x.std(dim=(0, 1, 3), correction=0), torch.ones(12), atol=1e-3, rtol=0)
 
 
 def test_an_utterance_is_the_mean_of_its_windows_in_evaluation_mode(cwd):
@@ -1433,7 +1365,8 @@ def test_poison_moves_a_share_of_each_class_of_the_test_speakers(cwd, capsys):
     options = train.parse([*TINY, "--poison", "0.5"])
     data, (fold, *_) = loaded(options)
     moved = train.poisoned(fold, options, data.labels)
-    assert (moved.validation, sorted(moved.train + moved.tests["a"])) == (fold.validation, sorted(fold.train + fold.tests["a"]))
+    assert moved.validation == fold.validation
+    assert sorted(moved.train + moved.tests["a"]) == sorted(fold.train + fold.tests["a"])
     assert Counter(data.labels[moved.tests["a"]]) == {0: 2, 1: 2, 2: 2}  # of three, three and four
     out = said(capsys, "--poison", "0.5", "--folds", "0", "--out", "poisoned")
     assert "not speaker-independent: 50 %" in out and len(table("poisoned/fold0/predictions.csv")) == 6
@@ -1455,12 +1388,9 @@ def test_augmentation_shifts_and_masks_each_utterance_by_itself():
     assert torch.equal(train.augmented(x, train.parse(["--no-augment"])), x)
 
 
-# The two loops -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", ["paper", "small"])
 def test_training_is_the_plain_loop(cwd, tmp_path, scale):
-    options = train.parse([*TINY, "--scale", scale, "--no-augment"])
+    options = train.parse([*TINY, "--scale", scale])
     data, (fold, *_) = loaded(options, double=True)
     members, labels = fold.train[1:], data.labels[fold.validation]
     net = train.network(options, 3, emodarts.random_genotype(train.network(options, 3))).double()
@@ -1476,7 +1406,8 @@ def test_training_is_the_plain_loop(cwd, tmp_path, scale):
         for step, (window, target) in enumerate(data.order(members, 6, 0, 0, "train", epoch)):
             torch.manual_seed(train.place(0, 0, "train", epoch, step, 0))
             optimizer.zero_grad()
-            loss = F.cross_entropy(plain.train()(data.maps(window)), target, weight, label_smoothing=0.1)
+            x = train.augmented(data.maps(window), options)
+            loss = F.cross_entropy(plain.train()(x), target, weight, label_smoothing=0.1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 5)
             optimizer.step()
@@ -1486,67 +1417,46 @@ def test_training_is_the_plain_loop(cwd, tmp_path, scale):
                 "val_ua": np.mean([right[labels == c].mean() for c in range(3)])}
         assert {name: row[name] for name in seen} == pytest.approx(seen, abs=1e-6)
         schedule.step()
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
+    close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("relaxation", ["softmax", "sample"])
-def test_a_search_is_the_plain_loop(cwd, tmp_path, relaxation):
-    """One epoch moves the weights only, one both in turn, each on its half."""
-    net, plain, rows = searched(tmp_path, "--relaxation", relaxation, "--no-augment", "--alpha-lr", "0.05")
-    data, parts = loaded(train.parse(TINY), double=True)
+@pytest.mark.parametrize("relaxation, order", [("softmax", 2), ("sample", 1)])
+def test_a_search_is_the_plain_loop(cwd, tmp_path, relaxation, order):
+    """One epoch moves the weights only, one both in turn, each on its half; the weights' half alone is augmented."""
+    more = f"--relaxation {relaxation} --order {order} --alpha-lr 0.05".split()
+    (net, plain, rows), options = searched(tmp_path, *more), train.parse(TINY)
+    data, parts = loaded(options, double=True)
     halves = dict(zip(("weights", "alphas"), train.halves(parts[0].train, data.labels, 0, 0, "halves")))
     loss = partial(F.cross_entropy, weight=data.class_weights(parts[0].train), label_smoothing=0.1)
     weights = torch.optim.AdamW(plain.weights(), weight_decay=0.05)
-    alphas = torch.optim.Adam(plain.alphas(), 0.05, (0.5, 0.999), weight_decay=1e-3)
+    alphas, architect = torch.optim.Adam(plain.alphas(), 0.05, (0.5, 0.999), weight_decay=1e-3), Architect(plain, loss)
     for epoch, lr in enumerate([0.003, 0.002]):  # half way from 0.003 to 0.001
         orders = [data.order(half, 3, 0, 0, "search", epoch, name) for name, half in halves.items()]
         for step, ((window, target), (for_alpha, alpha_target)) in enumerate(zip(*orders)):
             torch.manual_seed(train.place(0, 0, "search", epoch, step, 0))
             plain.train().draws = train.generator(0, 0, "search", epoch, step, "operations")
+            x, val = train.augmented(data.maps(window), options), (data.maps(for_alpha), alpha_target)
             if epoch:
-                with without_statistics(plain):
-                    value = loss(plain(data.maps(for_alpha)), alpha_target)
-                for alpha, g in zip(plain.alphas(), torch.autograd.grad(value, plain.alphas(), materialize_grads=True)):
+                gradient = architect.first_order(val) if order == 1 else architect.second_order(val, (x, target), lr)
+                for alpha, g in zip(plain.alphas(), gradient[1]):
                     alpha.grad = g
                 alphas.step()
             weights.zero_grad()
-            loss(plain(data.maps(window)), target).backward(inputs=plain.weights())
+            loss(plain(x), target).backward(inputs=plain.weights())
             torch.nn.utils.clip_grad_norm_(plain.weights(), 5)
             weights.param_groups[0]["lr"] = lr
             weights.step()
     assert ["alpha_loss" in row for row in rows] == [False, True]
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
+    close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
 def test_the_size_penalty_makes_operations_small(cwd, tmp_path):
     sizes = []
     for penalty in ("0", "1e4"):
-        net, before, _ = searched(tmp_path / penalty, *f"--size-penalty {penalty} --alpha-lr 0.1 --search-epochs 4".split())
+        more = f"--size-penalty {penalty} --alpha-lr 0.1 --search-epochs 4".split()
+        net, before, _ = searched(tmp_path / penalty, *more)
         sizes.append(expected_parameters(net).item() / expected_parameters(before).item())
     assert sizes[1] < 0.8 < sizes[0]
-
-
-def test_a_search_augments_the_maps_that_move_weights_and_no_others(cwd, tmp_path, monkeypatch):
-    seen, real, step = {"weights": set(), "alphas": set()}, train.augmented, train.Architect.step
-
-    def sums(x):  # a map is known by its sum
-        return {f"{total:.3f}" for total in x.sum((1, 2, 3)).tolist()}
-
-    def spy(x, options):
-        seen["weights"] |= sums(x)
-        return real(x, options) + 100
-
-    def spy_step(self, val, batch, xi):
-        seen["alphas"] |= sums(val[0])
-        assert xi == pytest.approx(0.003) and batch[0].min() > 50 > val[0].max()
-        return step(self, val, batch, xi=xi)
-
-    monkeypatch.setattr(train, "augmented", spy)
-    monkeypatch.setattr(train.Architect, "step", spy_step)
-    searched(tmp_path, "--warm-up", "0", "--search-epochs", "1")
-    data, parts = loaded(train.parse(TINY))
-    for name, half in zip(seen, train.halves(parts[0].train, data.labels, 0, 0, "halves")):
-        assert seen[name] == sums(data.maps(data.windows(half)[0]))
 
 
 def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path):
@@ -1580,7 +1490,7 @@ def test_every_place_has_a_seed_of_its_own(cwd, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", train.BASELINES)
 def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(model):
     net, x = train.Baseline(model, 4, 24).eval(), torch.randn(5, 1, 24, 32)
-    torch.testing.assert_close(net(x[[3, 1]]), net(x)[[3, 1]], rtol=1e-4, atol=1e-5)
+    close(net(x[[3, 1]]), net(x)[[3, 1]], rtol=1e-4, atol=1e-5)
     assert (net(x.flip(3)) - net(x)).abs().max() > 1e-4  # the order of time counts
     assert net(torch.randn(2, 1, 24, 100)).shape == (2, 4)
 
@@ -1597,7 +1507,7 @@ def test_the_gap_is_that_between_the_supernet_and_the_network_of_its_genotype(cw
     derived = train.network(train.parse(TINY), 3, genotype).double()  # its norms still have scale 1 and shift 0
     derived.load_state_dict({name: t for name, t in before.items() if name in derived.state_dict()}, strict=False)
     found = train.decision(net, genotype, data, members)
-    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    close(net.state_dict(), before, rtol=0, atol=0)
     windows, of = data.windows(members)
     for network, name in ((net, "ua_all_operations"), (derived, "ua_of_genotype")):
         for module in network.eval().modules():
@@ -1608,9 +1518,6 @@ def test_the_gap_is_that_between_the_supernet_and_the_network_of_its_genotype(cw
         assert found[name] == pytest.approx(np.mean([right[data.labels == c].mean() for c in range(3)]))
     edges = [edge.detach().softmax(0) for alpha in net.alphas() for edge in alpha]
     assert found["entropy"] == pytest.approx(np.mean([scipy.stats.entropy(p) / math.log(len(p)) for p in edges]))
-
-
-# What a command leaves -----------------------------------------------------------------------------------------------
 
 
 def test_the_command_leaves_what_it_promises_and_results_are_a_function_of_the_folds(cwd, monkeypatch, capsys):
@@ -1630,24 +1537,26 @@ def test_the_command_leaves_what_it_promises_and_results_are_a_function_of_the_f
         counts = Counter((row["label"], row["predicted"]) for row in rows)
         confusion = np.array([[counts[a, b] for b in LABELS] for a in LABELS])
         uas, pooled, (test,) = [*uas, np.mean(confusion.diagonal() / [3, 3, 4])], pooled + confusion, fold["tests"]
-        assert (test["confusion"], test["speakers"], fold["validation"]) == (confusion.tolist(), [speaker], [validation])
+        assert test["confusion"] == confusion.tolist()
+        assert (test["speakers"], fold["validation"]) == ([speaker], [validation])
         assert (test["ua"], test["wa"]) == pytest.approx((uas[-1], confusion.trace() / 10))
         said_of_it = f"{speaker}: UA {100 * uas[-1]:.1f}, WA {10 * confusion.trace():.1f} of 10 utterances"
         assert said_of_it in models[k] and str(Genotype(**fold["genotype"])).splitlines()[1] in models[k]
-        assert json.loads(Path(f"one/fold{k}/genotype.json").read_text()) == fold["genotype"]
-        assert [(row["stage"], row["epoch"]) for row in log] == [(stage, e) for stage in ("search", "train") for e in "12"]
+        assert read_json(f"one/fold{k}/genotype.json") == fold["genotype"]
+        assert [row["stage"] + row["epoch"] for row in log] == ["search1", "search2", "train1", "train2"]
         assert fold["validation_ua"] == float(log[-1]["val_ua"])
         net = train.read_model(Path(f"one/fold{k}/model.pt"))["net"]
-        assert fold["macs"] == 32 * train.macs(net, (12, 4)) and fold["parameters"] == sum(p.numel() for p in net.parameters())
+        assert fold["macs"] == 32 * train.macs(net, (12, 4))
+        assert fold["parameters"] == sum(p.numel() for p in net.parameters())
     whole = {"mean": np.mean(uas), "std": statistics.stdev(uas), "pooled": train.ua(pooled)}
     assert results["sets"]["test"]["ua"] == pytest.approx(whole)
-    assert all(re.search(rf"^{name}  .* {100 * value:.1f} ", out, re.MULTILINE) for name, value in whole.items())
-    settings = json.loads(Path("one/settings.json").read_text())
+    assert all(re.search(rf"^\| {name} .* {100 * value:.1f} ", out, re.MULTILINE) for name, value in whole.items())
+    settings = read_json("one/settings.json")
     assert settings["options"]["seed"] == 0 and settings["versions"]["torch"] == torch.__version__
 
 
 def test_the_report_shows_what_was_found(cwd):
-    results, text = json.loads(Path("one/results.json").read_text()), Path("one/report.md").read_text()
+    results, text = read_json("one/results.json"), Path("one/report.md").read_text()
     cells, found = [], results["folds"]
     for graph in re.findall(r"graph LR\n(.*?)```", text, re.DOTALL):
         edges = re.findall(r'^ *s(\d) -->\|"(\w+)"\| s(\d)$', graph, re.MULTILINE)
@@ -1658,20 +1567,14 @@ def test_the_report_shows_what_was_found(cwd):
     means = [50 * sum(float(log[2 + epoch]["val_ua"]) for log in logs) for epoch in (0, 1)]
     assert [float(v) for v in points.split(", ")] == pytest.approx(means, rel=1e-3)
     pooled = sum(np.array(fold["tests"][0]["confusion"]) for fold in found)[2]
-    assert f"| sad | {' | '.join(map(str, pooled))} | {100 * pooled[2] / 8:.1f} |" in text
-    means = [np.mean([decision[key] for decision in (fold["decision"] for fold in found)]) for key in found[0]["decision"]]
+    assert f"| sad | {' | '.join(map(str, pooled))} | {100 * pooled[2] / 8:.1f} |" in re.sub(" +", " ", text)
+    entropy, both, alone = (np.mean([fold["decision"][key] for fold in found]) for key in found[0]["decision"])
     gap, agreement = results["decided"]
-    assert f"{means[0]:.4f}. " in gap and f" {100 * means[1]:.1f}, with those of the genotype alone {100 * means[2]:.1f}" in gap
+    assert f"{entropy:.4f}. " in gap
+    assert f" {100 * both:.1f}, with those of the genotype alone {100 * alone:.1f}" in gap
     common = train.agreement([fold["genotype"] for fold in found], train.parse(TINY))["common"]
     assert f"have {common:.1f} of 6 edges in common" in agreement and gap in text and agreement in text
     assert train.plain("an|gry<script>") == r"an\|gry\<script\>"
-
-
-def test_a_fold_is_a_function_of_its_seed(cwd):
-    for seed in "01":
-        assert train.main([*TINY, "--folds", "1", "--out", f"alone{seed}", "--seed", seed]) == 0
-    one, same, other = left("one/fold1"), left("alone0/fold1"), left("alone1/fold1")
-    assert one == same and all(one[name] != other[name] for name in ("log.csv", "model.pt", "predictions.csv"))
 
 
 def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
@@ -1682,7 +1585,7 @@ def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
         rows.append(f"MSP-PODCAST_{row['path']},{code},{row['speaker']},{split[row['speaker']]}")
     (tmp_path / "labels_consensus.csv").write_text("\n".join(rows))
     out = said(capsys, *f"--dataset msp-podcast --scale small --root {tmp_path} --out podcast".split())
-    results = json.loads(Path("podcast/results.json").read_text())
+    results = read_json("podcast/results.json")
     (fold,) = results["folds"]
     text = Path("podcast/report.md").read_text() + said(capsys, "--from", "podcast")
     for test, name, speaker in zip(fold["tests"], ("test1", "test2"), "ab", strict=True):
@@ -1690,7 +1593,8 @@ def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
         assert (test["name"], test["speakers"], len(predicted)) == (name, [speaker], 10)
         assert {row["utterance"][12] for row in predicted} == {speaker}
         assert results["sets"][name]["wa"]["mean"] == np.mean([row["label"] == row["predicted"] for row in predicted])
-        assert f"{name}: UA {100 * test['ua']:.1f}" in text and f"| {name} |" in text and re.search(f"^0 +{name} ", out, re.M)
+        assert f"{name}: UA {100 * test['ua']:.1f}" in text and f"| {name} |" in text
+        assert re.search(rf"^\| 0 +\| {name} ", out, re.M)
 
 
 @pytest.mark.parametrize("normalise", ["train", "speaker"])
@@ -1701,7 +1605,12 @@ def test_a_second_corpus_is_tested_with_the_same_model(cwd, normalise, capsys):
     own, other = (Path(f"{normalise}/fold0/predictions{name}.csv").read_bytes() for name in ("", "-csv"))
     assert own == other and ("unlabelled audio" in out) == (normalise == "speaker")
     assert (own == Path("one/fold0/predictions.csv").read_bytes()) == (normalise == "train")
-    assert list(json.loads(Path(f"{normalise}/results.json").read_text())["sets"]) == ["test", "csv"]
+    assert list(read_json(f"{normalise}/results.json")["sets"]) == ["test", "csv"]
+    rows = table(f"{normalise}/fold0/predictions.csv")  # and as clips: a model without statistics takes theirs
+    train.main(["--predict", *(row["utterance"] for row in rows), "--from", normalise, "--json", "clips.json"])
+    assert ("10 clips are taken as one speaker's" in capsys.readouterr().err) == (normalise == "speaker")
+    for row, clip in zip(rows, read_json("clips.json")["clips"], strict=True):
+        assert list(clip["probabilities"].values()) == pytest.approx([float(row[c]) for c in LABELS], abs=1e-4)
 
 
 def test_bad_recordings_stop_the_run_before_the_training_or_are_named(cwd, capsys):
@@ -1710,14 +1619,15 @@ def test_bad_recordings_stop_the_run_before_the_training_or_are_named(cwd, capsy
     where = "--root bad.csv --folds 0 --out bad".split()
     assert "1 of 41 recordings cannot be used" in said(capsys, *where, code=2) and not list(Path("bad").glob("fold*"))
     assert "1 recordings cannot be used and were skipped" in said(capsys, *where, "--skip-bad", "--out", "skipped")
-    assert "stub.wav: a git-lfs stub" in json.loads(Path("skipped/results.json").read_text())["skipped"][0]
+    assert "stub.wav: a git-lfs stub" in read_json("skipped/results.json")["skipped"][0]
     assert len(table("skipped/fold0/predictions.csv")) == 10
 
 
 def test_predict_gives_what_the_test_gave(cwd, capsys):
     rows = table("one/fold0/predictions.csv")
     ask = ["--predict", *(row["utterance"] for row in rows), "--from"]
-    answers = [json.loads(said(capsys, *ask, place, "--json", "-")) for place in ("one/fold0/model.pt", "one/fold1", "one")]
+    places = ("one/fold0/model.pt", "one/fold1", "one")
+    answers = [json.loads(said(capsys, *ask, place, "--json", "-")) for place in places]
     assert [answer["models"] for answer in answers] == [1, 1, 2]
     lines = said(capsys, *ask, "one/fold0").splitlines()
     for row, clip, second, both in zip(rows, *(answer["clips"] for answer in answers)):
@@ -1732,24 +1642,12 @@ def test_predict_gives_what_the_test_gave(cwd, capsys):
         times = [(0, 0.25), (length - 0.25, length)] if length > 0.25 else [(0, length)]
         assert [(window["start"], window["end"]) for window in clip["windows"]] == [pytest.approx(t) for t in times]
     for window in clip["windows"]:  # of the last one; a window is heard as the same sound alone is
-        assert lines.pop(0).split()[:5] == [f"{window['start']:.1f}", "to", f"{window['end']:.1f}", "s", window["label"]]
-        sound = wavfile.read(clip["path"])[1][round(16000 * window["start"]) :][:4000]
-        wavfile.write("part.wav", 16000, sound)
+        start, end = (f"{window[name]:.1f}" for name in ("start", "end"))
+        assert lines.pop(0).split()[:5] == [start, "to", end, "s", window["label"]]
+        sound = features.read_wav(cwd / clip["path"])[round(16000 * window["start"]) :][:4000]
+        tree(cwd, {"part.wav": riff(sound)})
         (alone,) = json.loads(said(capsys, "--predict", "part.wav", "--from", "one/fold0", "--json", "-"))["clips"]
         assert alone["probabilities"] == pytest.approx(window["probabilities"], abs=1e-4)
-
-
-def test_a_model_without_statistics_takes_those_of_the_clips(cwd, capsys):
-    """The test speaker's recordings as clips: what the test with --normalise speaker gave."""
-    said(capsys, "--folds", "0", "--normalise", "speaker", "--out", "own")
-    rows = table("own/fold0/predictions.csv")
-    train.main(["--predict", *(row["utterance"] for row in rows), "--from", "own", "--json", "clips.json"])
-    assert "10 clips are taken as one speaker's" in capsys.readouterr().err
-    for row, clip in zip(rows, json.loads(Path("clips.json").read_text())["clips"], strict=True):
-        assert list(clip["probabilities"].values()) == pytest.approx([float(row[c]) for c in LABELS], abs=1e-4)
-
-
-# A run that cannot be lost, and many processes -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1763,7 +1661,7 @@ def forks():
     return context
 
 
-def child(cwd, log, argv, name=None, n=0, environment={}):
+def child(cwd, log, argv, environment={}, name=None, n=0):
     """A process of its own. It is killed when it calls train's function `name` for the n-th time."""
     os.chdir(cwd)
     os.environ |= environment
@@ -1789,12 +1687,13 @@ def ended(processes):
     return [process.exitcode for process in processes]
 
 
-def two_ranks():
-    """Environments as torchrun makes them."""
+def ranks(forks, *arguments, function=child):
+    """Exit codes of two ranks, in an environment as torchrun makes it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), GLOO_SOCKET_IFNAME="lo")
-    return [where | dict(RANK=rank, WORLD_SIZE="2") for rank in "01"]
+    environments = [where | dict(RANK=rank, WORLD_SIZE="2") for rank in "01"]
+    return ended(started(forks, *((*arguments, environment) for environment in environments), function=function))
 
 
 @pytest.mark.parametrize("more", ["", "--scale paper --order 2 --seq-space lstm_att"])  # AdamW, sampling; SGD, softmax
@@ -1805,7 +1704,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(cwd, tmp_
              ("weight_step", 5), ("score", 1), ("as_json", 1)]  # the last one between model.pt and result.json
     kills += [("weight_step", int(n)) for n in np.random.default_rng(1).integers(1, 9, 2)] + [("fsync", 9)]
     for kill in kills:
-        assert ended(started(forks, (cwd, log, [*argv, str(killed)], *kill))) == [-signal.SIGKILL]
+        assert ended(started(forks, (cwd, log, [*argv, str(killed)], {}, *kill))) == [-signal.SIGKILL]
     assert ended(started(forks, (cwd, log, [*argv, str(killed)]))) == [0]
     assert left(killed) == left(whole)
     places = re.findall(r"fold 0: goes on with (\w+), epoch (\d+), step (\d+)", log.read_text())
@@ -1818,7 +1717,9 @@ def test_ctrl_c_says_what_goes_on_and_no_step_is_made_twice(cwd, capsys):
         err = said(capsys, "--folds", "0", "--out", "interrupted", code=130)
         assert err.splitlines()[-1] == "  python train.py " + " ".join([*TINY, "--folds", "0", "--out", "interrupted"])
         assert train.main([*TINY, "--folds", "0", "--out", "interrupted"]) == 0
-    assert next(calls) - 1 == 2 * 3 + 2 * 6 + 1 and left("interrupted/fold0") == left("one/fold0")
+    one, same, other = (left(f"{run}/fold0") for run in ("one", "interrupted", "seeds/emodarts-seed1"))
+    assert next(calls) - 1 == 2 * 3 + 2 * 6 + 1 and one == same  # a fold is a function of its seed
+    assert all(one[name] != other[name] for name in ("log.csv", "model.pt", "predictions.csv"))
 
 
 def test_a_full_disk_leaves_the_old_file_and_is_one_line(cwd, tmp_path, monkeypatch, capsys):
@@ -1826,7 +1727,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_one_line(cwd, tmp_path, monkeypa
     train.write(file, b"old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        for content in (bytes(20_000), lambda out: torch.save(torch.zeros(20_000), out)):  # the second fails within torch
+        for content in (bytes(20_000), lambda out: torch.save(torch.zeros(20_000), out)):  # and within torch
             with pytest.raises(OSError, match="File too large"):
                 train.write(file, content)
     finally:
@@ -1849,14 +1750,14 @@ def test_processes_share_a_run_folder(cwd, tmp_path, forks):
     assert ended(processes) == [0, 0] and left(folder) == left("one")
     texts = [log.read_text() for log in logs]
     assert [sum(text.count(f"fold {k}: found in") for text in texts) for k in (0, 1)] == [1, 1]
-    assert all("\npooled  " in text for text in texts)
+    assert all("\n| pooled " in text for text in texts)
 
 
 def test_ranks_take_whole_folds_where_there_are_enough(cwd, tmp_path, forks):
     argv, log = [*TWO_FOLDS, str(tmp_path / "ranks")], tmp_path / "log"
-    assert ended(started(forks, *((cwd, log, argv, None, 0, rank) for rank in two_ranks()))) == [0, 0]
+    assert ranks(forks, cwd, log, argv) == [0, 0]
     assert left(tmp_path / "ranks") == left("one")
-    assert log.read_text().count("\npooled  ") == 1 and re.search("^rank [01]: fold 0: found in", log.read_text(), re.M)
+    assert log.read_text().count("\n| pooled ") == 1 and re.search("^rank [01]: fold 0: found in", log.read_text(), re.M)
 
 
 def still(net):
@@ -1893,7 +1794,7 @@ def shared(folder, relaxation, order):
     return alphas, rows, net.state_dict(), derived.state_dict()
 
 
-def shared_by(cwd, folder, rank, cases):
+def shared_by(cwd, folder, cases, rank):
     os.chdir(cwd)
     os.environ |= rank
     torch.set_num_threads(1)
@@ -1904,34 +1805,31 @@ def shared_by(cwd, folder, rank, cases):
 
 def test_ranks_that_share_the_steps_end_where_one_process_ends(cwd, tmp_path, forks):
     cases = [("sample", "1"), ("softmax", "2")]
-    calls = [(cwd, tmp_path, rank, cases) for rank in two_ranks()]
-    assert ended(started(forks, *calls, function=shared_by)) == [0, 0]
+    assert ranks(forks, cwd, tmp_path, cases, function=shared_by) == [0, 0]
     for n, (first, second) in enumerate(zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in "01"))):
         alone = shared(tmp_path / f"alone{n}", *cases[n])
         assert len(alone[0]) > 8 and alone[0][0] != alone[0][5]
         assert first[0] == second[0]  # after every step, the same bits
-        torch.testing.assert_close(first, alone, atol=1e-8, rtol=1e-8)
-        torch.testing.assert_close(second, alone, atol=1e-8, rtol=1e-8)
+        close(first, alone, atol=1e-8, rtol=1e-8)
+        close(second, alone, atol=1e-8, rtol=1e-8)
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_restarted_job_ends_as_if_it_had_not(cwd, tmp_path, forks):
     argv, log = ["--folds", "0", "--out"], tmp_path / "log"
-    undisturbed = [(cwd, tmp_path / "first", [*argv, str(tmp_path / "steps")], None, 0, rank) for rank in two_ranks()]
-    assert ended(started(forks, *undisturbed)) == [0, 0]
+    assert ranks(forks, cwd, tmp_path / "first", [*argv, str(tmp_path / "steps")]) == [0, 0]
     (tmp_path / "ranks.py").write_text(f"""if True:
         import os, sys
         sys.path.insert(0, {str(HERE)!r})
         import {__name__} as tests
         dies = (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0")
-        tests.child({str(cwd)!r}, {str(log)!r}, sys.argv[1:], "weight_step", 3 if dies else 999)
+        tests.child({str(cwd)!r}, {str(log)!r}, sys.argv[1:], {{}}, "weight_step", 3 if dies else 999)
     """)
     run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2 --max-restarts 1".split()
-    done = subprocess.run([sys.executable, *run, tmp_path / "ranks.py", *argv, tmp_path / "died"], capture_output=True, text=True)
-    assert done.returncode == 0 and "goes on with search, epoch 1, step 3" in log.read_text(), done.stderr + log.read_text()
-    assert left(tmp_path / "died") == left(tmp_path / "steps") and log.read_text().count("\npooled  ") == 1
-
-
-# One clear line ------------------------------------------------------------------------------------------------------
+    command = [sys.executable, *run, tmp_path / "ranks.py", *argv, tmp_path / "died"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "goes on with search, epoch 1, step 3" in log.read_text()
+    assert left(tmp_path / "died") == left(tmp_path / "steps") and log.read_text().count("\n| pooled ") == 1
 
 
 def one_line(capsys, *arguments, code=2):
@@ -1941,16 +1839,12 @@ def one_line(capsys, *arguments, code=2):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--dataset emodb --root nowhere", "no utterance of emodb in nowhere .*no such folder"),
     ("--test-dataset emodb=nowhere", "no utterance of emodb in nowhere"),
     ("--root nowhere.csv", "no file nowhere.csv"),
     ("--folds 9", "--folds is '9', expected numbers from 0 to 3"),
-    ("--lr nan", "--lr is nan, expected at least 0"),
-    ("--cnn-cells 0", "cnn.cells is 0, expected at least 1"),
     ("--features log-mel-200", "200 coefficients; expected 1 to 128"),
     ("--device quantum", "--device quantum cannot be used here"),
     ("--search seq --seq-cells 0", "--search seq leaves nothing to search"),
-    ("--warm-up 2", "--warm-up is 2, expected less than --search-epochs, 2"),
     ("--order 2", "--order 2 goes with --relaxation softmax"),
     ("--genotype nowhere.json", "--genotype nowhere.json: .*No such file"),
     ("--genotype mine.csv", "--genotype mine.csv: genotype: expected a JSON object"),
@@ -1970,8 +1864,10 @@ def test_bad_input_is_one_clear_line(cwd, capsys, arguments, says):
 
 
 def test_everything_that_cannot_work_is_said_at_once(cwd, capsys):
-    err = said(capsys, *"--epochs 0 --batch 11 --lr nan --cnn-cells 0 --window 0.1 --folds 0,2 --warm-up 5".split(), code=2)
-    for text in ("--epochs is 0", "--lr is nan", "cells is 0", "multiple of 0.0625", "--warm-up is 5", "half of fold 0's training set 10", "fold 2's"):
+    wrong = "--epochs 0 --batch 11 --lr nan --cnn-cells 0 --window 0.1 --folds 0,2 --warm-up 5"
+    err = said(capsys, *wrong.split(), code=2)
+    for text in ("--epochs is 0", "--lr is nan", "cells is 0, expected at least 1", "multiple of 0.0625",
+                 "--warm-up is 5, expected less than", "half of fold 0's training set 10", "fold 2's"):
         assert text in err and err.count(text) == err.count("error:") == 1
     err = said(capsys, "--predict", "mine.csv", "a-sad0.wav", "nowhere.wav", "--from", "one", code=2)
     assert "2 of 3 clips" in err and "mine.csv" in err and "nowhere.wav" in err
@@ -1982,18 +1878,11 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def mutants(file, number=25):
-    """Copies of a file with a few other bytes, some of them cut off."""
-    random, content = np.random.default_rng(0), Path(file).read_bytes()
-    for n in range(number):
-        mutant = bytearray(content)
-        for at in random.integers(len(content), size=1 + n % 3):
-            mutant[at] = random.integers(256)
-        yield bytes(mutant[: random.integers(len(content)) if n % 5 == 0 else None])
-
-
 def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
     """Refused with the name of the file, or where only what nobody reads has changed, used as the right one."""
+    def changed(file):
+        return mutants(Path(file).read_bytes(), 25)
+
     model, checkpoint = torch.load("one/fold0/model.pt"), torch.load("stopped/fold0/checkpoint.pt")
     nan = model["weights"] | {"head.bias": model["weights"]["head.bias"] * math.nan}
     result = Path("one/fold1/result.json").read_text()
@@ -2001,14 +1890,14 @@ def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
     binary = [b"hello", *text, pickle.dumps(Evil()), {}]
     damaged = {
         "hurt/settings.json": text,
-        "hurt/fold0/checkpoint.pt": [*binary, *mutants("stopped/fold0/checkpoint.pt"), checkpoint | {"key": "x"},
+        "hurt/fold0/checkpoint.pt": [*binary, *changed("stopped/fold0/checkpoint.pt"), checkpoint | {"key": "x"},
                                      checkpoint | {"parts": {"net": {}}}, checkpoint | {"x": Evil()},
                                      checkpoint | {"genotype": '{"seq": [[["lstm_9", 0]]]}'}],
         "hurt/fold1/result.json": [*text, re.sub('"ua": [0-9.]+', '"ua": 1.5', result).encode()],
         "twice/emodarts-seed1/fold0/predictions.csv": [b"", b"u,l,p,glad,mad,sad\nx,glad,glad,a,b,c", b"\xff\0"],
-        "used/fold0/model.pt": [*binary, *mutants("one/fold0/model.pt"), model | {"format": "emodarts-9"}, model | {"x": Evil()},
-                                model | {"classes": ["a"]}, model | {"weights": nan}, model | {"genotype": "{}"},
-                                model | {"sizes": model["sizes"] | {"channels": 10**12}}],
+        "used/fold0/model.pt": [*binary, *changed("one/fold0/model.pt"), model | {"x": Evil()},
+                                model | {"format": "emodarts-9"}, model | {"classes": ["a"]}, model | {"weights": nan},
+                                model | {"genotype": "{}"}, model | {"sizes": model["sizes"] | {"channels": 10**12}}],
     }
     runs = {"hurt": [*TWO_FOLDS, "hurt"], "twice": ["--folds", "0", "--seeds", "2", "--out", "twice"],
             "used": ["--predict", "a-sad3.wav", "--json", "-", "--from", "used/fold0/model.pt"]}
@@ -2026,7 +1915,8 @@ def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
             if code == 0:
                 assert out == expected if folder == "used" else left("hurt") == left("one")
             else:
-                assert code == 2 and re.fullmatch(f"error: {file} .*(delete|name a run folder).*\n", err), (content, err)
+                assert code == 2, (content, err)
+                assert re.fullmatch(f"error: {file} .*(delete|name a run folder).*\n", err), (content, err)
                 wrong.append(content)
         assert len(wrong) > 0.8 * len(contents)
     assert not Path("executed").exists()
@@ -2035,7 +1925,8 @@ def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
 def test_numbers_that_no_step_can_be_made_with_stop_the_run(cwd, monkeypatch, capsys):
     real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
     with stopping("weight_step", 99), monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * (math.nan if next(calls) == 5 else 1))
+        norms = (math.nan if n == 5 else 1 for n in calls)  # the fifth is none
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * next(norms))
         err = one_line(capsys, "--folds", "0", "--out", "broken", code=1)
     assert "fold 0, search, epoch 2, step 2: the loss is not finite" in err and "--lr" in err
     assert 3 <= len(re.findall(r"[cd]-(?:glad|mad|sad)\d.wav", err)) <= 4
@@ -2046,18 +1937,15 @@ def test_numbers_that_no_step_can_be_made_with_stop_the_run(cwd, monkeypatch, ca
     assert left("broken/fold0") == left("one/fold0")
 
 
-# For people ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = "--window 1 --features log-mel-12 --channels 2 --nodes 1 --seq-width 8 --search-epochs 3 --warm-up 1 --epochs 5 --folds 1,2 --batch 8 --threads 1 --device cpu"
-    out = said(capsys, *argv.split(), "--dry-run", "--json", "dry.json", sizes=[])
+    argv = [*TINY[4:], *"--window 1 --search-epochs 3 --epochs 5 --folds 1,2 --batch 8 --seq-space all".split()]
+    out = said(capsys, *argv, "--dry-run", "--json", "dry.json", sizes=[])
     assert [path.name for path in tmp_path.iterdir()] == ["dry.json"]
     net = Network(features=12, channels=2, cnn_cells=3, nodes=1, seq_cells=1, seq_width=8, stem_stride=2)
     for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
         assert f"{name}: {sum(p.numel() for p in part.parameters()):,}\n" in out
-    listing, about = read_corpus("smoke", "elsewhere"), json.loads(Path("dry.json").read_text())
+    listing, about = read_corpus("smoke", "elsewhere"), read_json("dry.json")
     windows, _ = features.lengths(listing, 1.0)
     half, whole = (sum(math.ceil(windows[fold.train[::n]].sum() / 8) for fold in folds(listing)[1:3]) for n in (2, 1))
     total = 0.0
@@ -2081,9 +1969,8 @@ def test_help_shows_every_option_with_its_default(capsys):
 def test_what_is_imported():
     more = {"numpy", "scipy", "torchaudio"}
     for name, allowed in {"emodarts": set(), "features": more, "train": more | {"emodarts", "features"}}.items():
-        nodes = [n for n in ast.walk(ast.parse((HERE / f"{name}.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
-        names = {alias for n in nodes for alias in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
-        assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) == allowed | {"torch"}
+        lines = re.findall(r"^ *(?:import|from) (\w+)", (HERE / f"{name}.py").read_text(), re.MULTILINE)
+        assert {*lines} - set(sys.stdlib_module_names) == allowed | {"torch"}
 
 
 def test_readmes_commands_and_example_are_those_that_run():

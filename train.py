@@ -50,9 +50,7 @@ from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Netw
 from emodarts import expected_parameters, random_genotype, without_statistics
 from features import CORPORA, InputError, lock
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options: one dataclass, the command line is made from it. A scale fixes sizes, never the hardware.
-
+# Options: the command line is made from one dataclass; a scale fixes sizes, never the hardware -----------------------
 SCALES = {  # defaults of the options of these names
     "paper": dict(
         features="mfcc-128", window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
@@ -138,7 +136,6 @@ class Options:
 # What a result does not depend on, up to rounding: may differ when a run folder is used again.
 NOT_SETTINGS = {"out", "root", "cache", "device", "recompute", "threads", "dry_run", "seeds", "compare", "predict",
                 "from_", "json"}
-NETWORK_SIZES = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "seq_width")
 
 
 def flag(name):
@@ -147,10 +144,8 @@ def flag(name):
 
 def parse(argv):
     """Command line -> Options, with everything that depends on corpus and scale filled in."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [options]", description=__doc__,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
-    )
+    form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
+    parser = argparse.ArgumentParser(usage="python train.py [options]", description=__doc__, formatter_class=form)
     groups = {}
     for f in fields(Options):
         about = f.metadata
@@ -184,8 +179,7 @@ def attempt(problems, f, *args):
 
 
 def check(options):
-    """Refuses what cannot work, before any work and all of it in one message. -> (listing, folds, numbers of the folds
-    to run)."""
+    """Refuses, in one message, all that cannot work. -> (listing, folds, numbers of the folds to run)"""
     problems = []
     for f in fields(Options):
         value, least = getattr(options, f.name), f.metadata["least"]
@@ -262,11 +256,9 @@ def searches(options):
     return options.model == "emodarts" and options.genotype is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness is a function of where one is: no random state is ever saved, a run that goes on at any step is the run
-# that never stopped, and processes agree by construction.
-
-
+# Randomness ----------------------------------------------------------------------------------------------------------
+# A function of where one is: no random state is ever saved, a run that goes on at any step is the run that never
+# stopped, and processes agree by construction.
 def place(*where):
     """(seed, fold, stage, epoch, step, ...) -> a seed of torch."""
     return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:8], "big")
@@ -276,20 +268,15 @@ def generator(*where):
     return torch.Generator().manual_seed(place(*where))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
+# Data ----------------------------------------------------------------------------------------------------------------
 class Data:
     """The windows of a corpus: on the device when they fit there, otherwise read from the memory map batch by batch.
 
-    `classes` are those of the network. Before the first batch, `standardise_by` (or `standardise_like`) must say whose
-    statistics count.
+    `classes` are those of the network. Before the first batch, `standardise_by` must say whose statistics count.
     """
 
     def __init__(self, listing, store, classes, normalise, device):
-        self.listing, self.store, self.normalise, self.device = listing, store, normalise, device
-        self.classes = classes
+        self.listing, self.store, self.classes, self.normalise, self.device = listing, store, classes, normalise, device
         self.labels = np.array([classes.index(u.label) for u in listing.utterances])
         self.features = torch.from_numpy(store.features)  # (windows, F, T) float16
         if device.type == "cuda" and store.features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
@@ -309,26 +296,20 @@ class Data:
         mean, square = self.moments[self.windows(utterances)[0]].double().mean(0)  # (2, F)
         return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
 
-    def standardise_by(self, train):
-        """Statistics of the training utterances, or with normalise="speaker" of each speaker's own."""
-        sets = {"everybody": train}
+    def standardise_by(self, train, like=None):
+        """Statistics of the training utterances or `like` other Data; with normalise="speaker" each speaker's own."""
+        sets = [train]
         self.row = torch.zeros(len(self.features), dtype=torch.long)  # of each window in `mean` and `std`
         if self.normalise == "speaker":
-            sets = {}
-            for i, u in enumerate(self.listing.utterances):
-                if i not in self.store.bad:
-                    sets.setdefault(u.speaker, []).append(i)
-            for k, members in enumerate(sets.values()):
+            names = np.array([u.speaker for u in self.listing.utterances])
+            sets = [np.flatnonzero(names == name) for name in np.unique(names)]
+            for k, members in enumerate(sets):
                 self.row[self.windows(members)[0]] = k
-        statistics = [self.statistics(members) for members in sets.values()]
+        elif like:
+            self.mean, self.std = like.mean, like.std
+            return
+        statistics = [self.statistics(members) for members in sets]
         self.mean, self.std = (torch.stack(part).to(self.device) for part in zip(*statistics))  # (sets, F)
-
-    def standardise_like(self, other):
-        """For another corpus: the statistics that a model was trained with."""
-        if self.normalise == "speaker":
-            return self.standardise_by(None)
-        self.row = torch.zeros(len(self.features), dtype=torch.long)
-        self.mean, self.std = other.mean, other.std
 
     def maps(self, window):
         """Indices of windows -> standardised maps (N, 1, F, T)."""
@@ -403,9 +384,7 @@ def augmented(x, options):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two loops
-
+# The two loops -------------------------------------------------------------------------------------------------------
 LABEL_SMOOTHING = 0.1
 CLIP = 5.0  # largest norm of the weights' gradient, DARTS'
 SEARCH_LR_END = 0.001  # DARTS' search does not anneal to 0: the alphas go on to the end, and so must the weights
@@ -444,8 +423,7 @@ def search(net, data, train, options, keep):
 
 
 def train(net, data, train, validation, options, keep):
-    """Trains a derived network or a baseline from scratch. The last epoch counts; the validation speakers are looked
-    at, and choose nothing here."""
+    """Trains a network from scratch. The last epoch counts; the validation speakers are only looked at."""
     steps = data.steps(train, options.batch)
     weight = data.class_weights(train)
     optimizer = optimizer_of(net, options)
@@ -483,8 +461,7 @@ def anneal(optimizer, first, last, done):
 
 
 def cross_entropy(logits, target, weight):
-    """Class-weighted mean over a batch. Where ranks share it, this rank's summand: `logits` of its part, `target` of
-    all."""
+    """Class-weighted mean over a batch; of a shared one this rank's summand: `logits` of its part, `target` of all."""
     rank, world = ranks()
     mine = target.tensor_split(world)[rank]
     loss = F.cross_entropy(logits, mine, weight, reduction="sum", label_smoothing=LABEL_SMOOTHING)
@@ -515,11 +492,9 @@ class NotFinite(Exception):
 
 def finite(value, what, pair, data, keep):
     if not math.isfinite(value):
-        raise NotFinite(
-            f"fold {keep.fold}, {keep.stage}, epoch {keep.epoch + 1}, step {keep.step + 1}: the {what} is not finite. "
-            "The last checkpoint is from before. Look into the batch, or try a smaller --lr or --alpha-lr with another "
-            f"--out. Batch: {data.names(pair)}"
-        )
+        raise NotFinite(f"fold {keep.fold}, {keep.stage}, epoch {keep.epoch + 1}, step {keep.step + 1}: the {what} is "
+                        "not finite. The last checkpoint is from before. Look into the batch, or try a smaller --lr or "
+                        f"--alpha-lr with another --out. Batch: {data.names(pair)}")
     return value
 
 
@@ -541,10 +516,7 @@ def skips(genotype):
     return {f"skips_{kind}": json.dumps(cell).count("skip_connect") for kind, cell in genotype.cells().items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-
-
+# Networks ------------------------------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
     return Network(classes=classes, seq_space=options.seq_space, relaxation=options.relaxation,
                    recompute=options.recompute, amp=options.amp, fixed=fixed_cells(options), genotype=genotype,
@@ -553,9 +525,9 @@ def network(options, classes, genotype=None):
 
 def network_sizes(options):
     """What model.pt says of its network."""
-    sizes = {name: getattr(options, name) for name in NETWORK_SIZES}
-    sizes["seq_width"] = options.seq_width or None
-    return sizes | {"features": feature_settings(options).coefficients, "dropout": RECIPES[options.scale]["dropout"]}
+    sizes = {name: getattr(options, name) for name in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride")}
+    return sizes | {"seq_width": options.seq_width or None, "features": feature_settings(options).coefficients,
+                    "dropout": RECIPES[options.scale]["dropout"]}
 
 
 def fixed_cells(options):
@@ -650,10 +622,7 @@ def placed(net, device):
     return net.to(device, memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A fold from start to end
-
-
+# A fold from start to end --------------------------------------------------------------------------------------------
 @dataclass
 class Job:
     """One fold of one model with one seed."""
@@ -661,6 +630,9 @@ class Job:
     options: Options
     fold: int
     folder: Path  # of the fold
+
+    def finished(self):
+        return (self.folder / "result.json").exists()
 
 
 def run_fold(job, data, parts, other, progress):
@@ -681,7 +653,7 @@ def run_fold(job, data, parts, other, progress):
             keep.decision = decision(supernet, genotype, data, fold.validation)
             progress.say(f"fold {job.fold}: found in {keep.seconds['search']:.0f} s\n{genotype}")
         keep.search_done(genotype)
-    genotype = keep.found_genotype()
+    genotype = keep.genotype
     if genotype:
         write(job.folder / "genotype.json", genotype.to_json().encode())
     torch.manual_seed(place(options.seed, job.fold, "network"))
@@ -691,7 +663,7 @@ def run_fold(job, data, parts, other, progress):
     # Everything is chosen: the test speakers are scored, once.
     tests = [score(net, data, name, members, job.folder) for name, members in fold.tests.items()]
     if other:
-        other.standardise_like(data)
+        other.standardise_by(None, like=data)
         usable = [i for i in range(len(other.labels)) if i not in other.store.bad]
         tests.append(score(net, other, other.listing.dataset, usable, job.folder, of_another=True))
     about = {
@@ -803,18 +775,18 @@ def wa(confusion):
     return float(confusion.trace() / confusion.sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What outlives the process: files that are whole or not there, and a checkpoint from which the next process goes on
-# with the very next step. Kill, power cut and Ctrl-C are one case. What is read back is data: nothing is executed.
-
+# What outlives the process -------------------------------------------------------------------------------------------
+# Files that are whole or not there, and a checkpoint from which the next process goes on with the very next step. Kill,
+# power cut and Ctrl-C are one case. What is read back is data: nothing is executed.
+ANEW = "delete it, and its fold starts anew"
 SAVE_EVERY = 30  # seconds between two checkpoints, or as many times what one takes, where it takes more than a second
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips_normal", "skips_reduce", "skips_seq",
            "val_ua", "val_wa", "seconds")  # of log.csv
 
 
 def write(file, content):
-    """Writes bytes, or what the function `content` writes. Whenever the process dies, the file is the old one or the
-    new one. Of ranks that share the steps the first one alone writes."""
+    """Writes bytes, or what the function `content` writes: all of it or, when the process dies, nothing. Of ranks that
+    share the steps the first one alone writes."""
     if ranks()[0]:
         return
     part = file.with_name(file.name + ".part")
@@ -868,22 +840,20 @@ class Keeper:
         self.parts, self.wait = {}, SAVE_EVERY
         self.saved = self.mark = time.perf_counter()
         if self.file.exists():
-            with self.reading():
+            with reading(self.file, ANEW):
                 found = load_file(self.file)
                 if found["key"] != self.key:
                     raise ValueError("of another run or fold")
                 for name in (*self.KEPT, "parts"):
                     setattr(self, name, found[name])
-                progress.say(f"fold {self.fold}: goes on with {self.stage}, epoch {self.epoch + 1}, "
-                             f"step {self.step + 1}")
-
-    def reading(self):
-        return reading(self.file, "delete it, and its fold starts anew")
+                self.genotype = Genotype.from_json(self.genotype) if self.genotype else None
+                where = f"{self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
+            progress.say(f"fold {self.fold}: goes on with {where}")
 
     def resume(self, **parts):
         """The parts of this stage, new ones, become what they were."""
         if self.parts:
-            with self.reading():
+            with reading(self.file, ANEW):
                 for name, part in parts.items():
                     part.load_state_dict(self.parts[name])
         self.parts, self.mark = parts, time.perf_counter()
@@ -911,12 +881,8 @@ class Keeper:
     def search_done(self, genotype):
         self.tick()
         self.stage, self.epoch, self.parts = "train", 0, {}
-        self.genotype = genotype.to_json() if genotype else None
+        self.genotype = genotype
         self.save()
-
-    def found_genotype(self):
-        with self.reading():
-            return Genotype.from_json(self.genotype) if self.genotype else None
 
     def tick(self):
         now = time.perf_counter()
@@ -927,17 +893,16 @@ class Keeper:
     def save(self):
         self.tick()
         state = {name: getattr(self, name) for name in self.KEPT}
+        state["genotype"] = self.genotype.to_json() if self.genotype else None
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
         write(self.file, partial(torch.save, state))
         self.saved = time.perf_counter()
         self.wait = SAVE_EVERY * max(1.0, self.saved - self.mark)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many processes. A fold belongs to whoever holds its lock, be that another shell, a job of a cluster or a rank of
-# torchrun; where torchrun has more ranks than there are jobs, all of them share each step (data parallel).
-
-
+# Many processes ------------------------------------------------------------------------------------------------------
+# A fold belongs to whoever holds its lock, be that another shell, a job of a cluster or a rank of torchrun; where
+# torchrun has more ranks than there are jobs, all of them share each step (data parallel).
 def torchrun():
     """-> (number of this process, number of processes) of torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -986,19 +951,15 @@ def agreed(value):
     return out[0]
 
 
-def is_finished(job):
-    return (job.folder / "result.json").exists()
-
-
 def work(jobs, compute, progress):
     """Computes the jobs that are neither finished nor in another process' hands, until all of them are finished."""
     pause = 0.5
-    while left := agreed([job for job in jobs if not is_finished(job)]):
+    while left := agreed([job for job in jobs if not job.finished()]):
         took = 0
         for job in left:
             job.folder.mkdir(parents=True, exist_ok=True)
             with lock(job.folder / "lock", wait=False) if ranks()[0] == 0 else nullcontext() as mine:
-                if agreed(mine and not is_finished(job)):
+                if agreed(mine and not job.finished()):
                     compute(job)
                     took += 1
         if not took:
@@ -1033,13 +994,14 @@ class Progress:
         mean = {kind: float(np.mean(seconds)) for kind, seconds in self.seconds.items()}
         total = 0.0
         for other in self.jobs:
-            epochs = {"search": other.options.search_epochs * searches(other.options), "train": other.options.epochs}
+            options = other.options
+            epochs = {"search": options.search_epochs * searches(options), "train": options.epochs}
             if other == job:
                 epochs["search"] *= row["stage"] == "search"
                 epochs[row["stage"]] -= row["epoch"]
-            if not is_finished(other):
+            if not other.finished():
                 fastest = min(mean.values())
-                total += sum(n * mean.get((other.options.model, stage), fastest) for stage, n in epochs.items())
+                total += sum(n * mean.get((options.model, stage), fastest) for stage, n in epochs.items())
         return total / self.sharing
 
     def say(self, text, passing=False):
@@ -1057,24 +1019,19 @@ def duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results: functions of the result.json files alone, so that they can be made again at any time
-
-
+# Results: functions of the result.json files alone, so that they can be made again at any time -----------------------
 def results_of(options, listing, chosen, bad):
     """-> what results.json holds of a run whose folds are finished."""
-    folder, folds = out_folder(options), []
+    folds = []
     for k in chosen:
-        file = folder / f"fold{k}" / "result.json"
-        with reading(file, "delete it, and its fold starts anew"):
+        file = out_folder(options) / f"fold{k}" / "result.json"
+        with reading(file, ANEW):
             folds.append(json.loads(file.read_text()))
             for test in folds[-1]["tests"]:
                 confusion = np.array(test["confusion"])
                 if (test["ua"], test["wa"]) != (ua(confusion), wa(confusion)):
                     raise ValueError("its accuracies are not those of its confusion matrix")
-    sets = {}
-    for name in [test["set"] for test in folds[0]["tests"]]:
-        sets[name] = summary([test for fold in folds for test in fold["tests"] if test["set"] == name])
+    sets = {test["set"]: summary(tests_of(folds, test["set"])) for test in folds[0]["tests"]}
     return {"dataset": options.dataset, "protocol": options.protocol, "classes": list(listing.classes),
             "notes": notes_of(options, bad), "skipped": list(bad.values()), "sets": sets,
             "decided": list(decided_text(folds, options)), "folds": folds}
@@ -1091,6 +1048,11 @@ def notes_of(options, bad):
     if bad:
         notes.append(f"{len(bad)} recordings cannot be used and were skipped; results.json names them")
     return notes
+
+
+def tests_of(folds, name):
+    """The tests of each fold on the set of this name."""
+    return [test for fold in folds for test in fold["tests"] if test["set"] == name]
 
 
 def summary(tests):
@@ -1112,8 +1074,7 @@ def table(results):
     """The table that a run ends with, in percent; one for each set of test speakers."""
     for name, whole in results["sets"].items():
         rows = []
-        for fold in results["folds"]:
-            test = next(test for test in fold["tests"] if test["set"] == name)
+        for fold, test in zip(results["folds"], tests_of(results["folds"], name)):
             seconds = [f"{fold['seconds'][stage]:.0f} s" for stage in ("search", "train")]
             rows.append([fold["fold"], test["name"], features.listed(fold["validation"], 4), np.sum(test["confusion"]),
                          percent(test["ua"]), percent(test["wa"]), f"{fold['parameters']:,}", *seconds])
@@ -1122,20 +1083,16 @@ def table(results):
         yield ["fold", "test", "validation", "utterances", "UA", "WA", "parameters", "search", "training"], rows
 
 
-def aligned(head, rows):
-    """The first three columns to the left, the others to the right."""
-    wide = [max(len(str(row[c])) for row in (head, *rows)) for c in range(len(head))]
-    for row in (head, *rows):
-        cells = [f"{cell!s:<{w}}" if c < 3 else f"{cell!s:>{w}}" for c, (cell, w) in enumerate(zip(row, wide))]
-        yield "  ".join(cells).rstrip()
-
-
 def as_json(about):
     return (json.dumps(about, indent=1) + "\n").encode()
 
 
 def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *rows])
+    """A table in Markdown, aligned for those who read it as it is."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in wide])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, wide)) + " |" for line in lines)
 
 
 def finish(options, listing, chosen, bad):
@@ -1145,7 +1102,7 @@ def finish(options, listing, chosen, bad):
     write(folder / "report.md", report(folder, results, options).encode(errors="replace"))
     print(f"\n{options.dataset}, protocol {options.protocol}: {options.model}, seed {options.seed}")
     for head, rows in table(results):
-        print(*aligned(head, rows), sep="\n")
+        print(markdown(head, rows))
     print(*results["notes"], f"report.md, results, genotypes, logs, models and predictions are in {folder}", sep="\n")
     return results
 
@@ -1183,11 +1140,8 @@ def compare(options, runs, results):
 
 def accuracies(seeds, name):
     """UA and WA on a set of test speakers, (seeds, folds, 2)."""
-    values = []
-    for _, result in seeds:
-        tests = [test for fold in result["folds"] for test in fold["tests"] if test["set"] == name]
-        values.append([(test["ua"], test["wa"]) for test in tests])
-    return np.array(values)
+    tests = [tests_of(result["folds"], name) for _, result in seeds]
+    return np.array([[(test["ua"], test["wa"]) for test in of_folds] for of_folds in tests])
 
 
 def against(values, reference):
@@ -1228,7 +1182,7 @@ def ensemble(seeds, name):
     for folds in zip(*(result["folds"] for _, result in seeds)):
         logits = 0
         for (run, _), fold in zip(seeds, folds):
-            test = next(test for test in fold["tests"] if test["set"] == name)
+            (test,) = tests_of([fold], name)
             file = out_folder(run) / f"fold{fold['fold']}" / test["predictions"]
             with reading(file, "delete the result.json beside it, and its fold starts anew"):
                 rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))
@@ -1240,9 +1194,7 @@ def ensemble(seeds, name):
     return np.array(out)[None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# report.md
-
+# report.md -----------------------------------------------------------------------------------------------------------
 CURVES = (  # title, stage and column of log.csv, factor, top of the axis (None: the largest value)
     ("search: loss of the weights", "search", "loss", 1, None),
     ("search: loss of the alphas", "search", "alpha_loss", 1, None),
@@ -1255,14 +1207,12 @@ CURVES = (  # title, stage and column of log.csv, factor, top of the axis (None:
 def report(folder, results, options):
     """Made of results.json, log.csv and the settings alone. -> Markdown, with Mermaid graphs."""
     folds = results["folds"]
-    curves = read_curves(folder, folds)
     title = f"# {plain(results['dataset'])}, protocol {results['protocol']}: {options.model}, seed {options.seed}"
     text = [title, "Percent; mean and standard deviation over folds.", *map(plain, results["notes"]), "## Results"]
     text += [markdown(head, rows) for head, rows in table(results)]
     text += ["## Confusion", "Rows: what it was. Columns: what it was taken for. All folds together."]
     for name in results["sets"]:
-        tests = [test for fold in folds for test in fold["tests"] if test["set"] == name]
-        pooled = sum(np.array(test["confusion"]) for test in tests)
+        pooled = sum(np.array(test["confusion"]) for test in tests_of(folds, name))
         recalls = [percent(row[c] / row.sum()) if row.sum() else "-" for c, row in enumerate(pooled)]
         heads = [name, *map(plain, results["classes"]), "recall, %"]
         text.append(markdown(heads, [[c, *row, r] for c, row, r in zip(heads[1:], pooled, recalls)]))
@@ -1276,7 +1226,7 @@ def report(folder, results, options):
         text.append(f"<details><summary>Fold {k}</summary>\n\n{graphs}\n\n</details>")
     text.append("## Learning curves\n\nMeans over the folds, epoch by epoch.")
     for title, stage, column, factor, top in CURVES:
-        values = [factor * np.mean(v) for v in curves.get((stage, column), [])]
+        values = [factor * v for v in curve(folder, folds, stage, column)]
         if len(values) > 1:
             axes = f'    x-axis 1 --> {len(values)}\n    y-axis 0 --> {top or 1.1 * max(values) or 1:.4g}'
             points = ", ".join(f"{v:.4g}" for v in values)
@@ -1291,18 +1241,15 @@ def plain(text):
     return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", " ".join(str(text).split()))
 
 
-def read_curves(folder, folds):
-    """{(stage, column): for each epoch the values of the folds}."""
-    seen = {}
+def curve(folder, folds, stage, column):
+    """The mean of the folds at each epoch. The alphas have no loss while the weights warm up."""
+    values = []
     for fold in folds:
         file = folder / f"fold{fold['fold']}" / "log.csv"
         with reading(file, "delete its fold's folder, and the fold starts anew"):
-            for row in csv.DictReader(io.StringIO(file.read_text())):
-                for _, stage, column, _, _ in CURVES:
-                    if row["stage"] == stage and row[column]:  # the alphas have no loss while the weights warm up
-                        epochs = seen.setdefault((stage, column), {})
-                        epochs.setdefault(int(row["epoch"]), []).append(float(row[column]))
-    return {name: [values for _, values in sorted(epochs.items())] for name, epochs in seen.items()}
+            rows = csv.DictReader(io.StringIO(file.read_text()))
+            values.append([float(row[column]) for row in rows if row["stage"] == stage and row[column]])
+    return [np.mean(epoch) for epoch in zip(*values)]
 
 
 def graph(kind, cell):
@@ -1350,13 +1297,9 @@ def decided_text(folds, options):
                f"{found['chance']:.1f}; {100 * found['p']:.2g} % of random sets agree as much.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it will cost
-
-
+# What it will cost ---------------------------------------------------------------------------------------------------
 def peak_memory(device):
-    """Most memory held since `reset_peak`, GB: on a GPU by tensors, on a CPU by the process; None where the system does
-    not say."""
+    """Most memory held since `reset_peak`, GB: on a GPU by tensors, on a CPU by the process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if not Path("/proc/self/status").exists():
@@ -1395,8 +1338,9 @@ def steps_of(options, windows, parts, classes, device):
     x = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device)
     batch = x, torch.arange(options.batch, device=device) % classes
     loss = partial(cross_entropy, weight=torch.ones(classes, device=device))
-    halves, wholes, looks = (sum(math.ceil(windows[members].sum() / options.batch) for members in side) for side in (
-        [fold.train[::2] for fold in parts], [fold.train for fold in parts], [fold.validation for fold in parts]))
+    sides = [(fold.train[::2], fold.train, fold.validation) for fold in parts]
+    batches = [[math.ceil(windows[members].sum() / options.batch) for members in fold] for fold in sides]
+    halves, wholes, looks = np.sum(batches, axis=0).tolist()
 
     def weight(net, optimizer):
         weight_step(net, loss(net(batch[0]), batch[1]), optimizer)
@@ -1427,8 +1371,7 @@ def fastest(step, device):
 
 
 def dry_run(options, runs, listing, parts, chosen, device):
-    """Says what would happen, and what it costs: measured with one network of each model on this device. -> the same
-    for machines."""
+    """Says what would happen and what it costs, measured with a network of each model here. -> the same for machines"""
     about_folds = list(features.describe_folds(listing, parts))
     parts = [parts[k] for k in chosen]
     windows, seconds = features.lengths(listing, options.window)
@@ -1436,8 +1379,7 @@ def dry_run(options, runs, listing, parts, chosen, device):
           f"{seconds.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
     with torch.device("meta"):
         net = network(options, len(listing.classes))
-    sizes = {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}
-    for name, part in sizes.items():
+    for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
         print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
     costs, total = {}, 0.0
     for model in dict.fromkeys(run.model for run in runs):
@@ -1462,10 +1404,7 @@ def answer(file, about):
         write(Path(file), as_json(about))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A model that is used again
-
-
+# A model that is used again ------------------------------------------------------------------------------------------
 def read_model(file):
     """-> what model.pt holds, and as "net" its network."""
     with reading(file, "name a run folder, or a model.pt that this program wrote"):
@@ -1490,7 +1429,7 @@ def read_models(place):
     files = [Path(place)]
     if files[0].is_dir():
         files = sorted([*files[0].glob("model.pt"), *files[0].glob("fold*/model.pt")], key=lambda f: (len(str(f)), f))
-    if not files or not files[0].is_file():
+    if not (files and files[0].is_file()):
         raise InputError(f"--from is {place}, where no model is; expected a run folder with fold0/model.pt, or a file")
     models = {file: read_model(file) for file in files}
     for name in ("classes", "features"):
@@ -1564,12 +1503,9 @@ def use(options):
             print(f"{name}  {said['label']}  {probabilities}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# The command ---------------------------------------------------------------------------------------------------------
 def plan(options):
-    """The runs of a command, as their options: one for each model and seed, those with a search first, so that nobody
-    waits for them at the end."""
+    """Options of a command's runs, one for each model and seed; those with a search first, as they take longest."""
     seeds = range(options.seed, options.seed + options.seeds)
     runs = [(options.model, seed) for seed in seeds]
     if options.compare is not None:
@@ -1592,14 +1528,13 @@ def claim(options):
     file = folder / "settings.json"
     with lock(folder / "lock", wait=True):
         if not file.exists():  # those that the run was begun with stay
-            about = {"options": mine, "command": command(), "versions": versions()}
-            return write(file, as_json(about))
+            return write(file, as_json({"options": mine, "command": command(), "versions": versions()}))
         with reading(file, "give another --out, or delete the folder"):
-            theirs = json.loads(file.read_text())["options"]
-            differ = [name for name, value in mine.items() if theirs.get(name) != value]
-            said = ", ".join(f"{name} ({theirs.get(name)!s:.80} there, {mine[name]} here)" for name in differ)
+            there = json.loads(file.read_text())["options"]
+            differ = [f"{name} ({there.get(name)!s:.80} there, {value} here)" for name, value in mine.items()
+                      if there.get(name) != value]
     if differ:
-        raise InputError(f"{folder} holds a run with other settings: {said}; give another --out")
+        raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; give another --out")
 
 
 def command():
@@ -1608,12 +1543,10 @@ def command():
 
 @cache
 def versions():
-    try:
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                             capture_output=True, text=True)
-        commit = git.stdout.strip()
-    except OSError:  # no git here
-        commit = ""
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = {"torch": torch.__version__, "torchaudio": torchaudio.__version__}
     return {"python": sys.version.split()[0], **packages, "commit": commit}
 
@@ -1699,12 +1632,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nstopped; this goes on from here:\n  {shlex.join(['python', 'train.py', *argv])}", file=sys.stderr)
         return 130
-    except (InputError, OSError) as error:
+    except (InputError, OSError, NotFinite) as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except NotFinite as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return 1 if isinstance(error, NotFinite) else 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise

@@ -1358,16 +1358,16 @@ def steps_of(options, windows, parts, classes, device):
     return steps
 
 
-def fastest(step, device):
-    """Seconds of a step: of several, the fastest, as the first ones are slower."""
+def seconds_of(step, device):
+    """Median seconds of a step: the first ones are slower, and with sampled operations no two are alike."""
     times = []
-    while len(times) < 3 or sum(times) < 1:
+    while len(times) < 5 or sum(times) < 1:
         started = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return min(times)
+    return float(np.median(times))
 
 
 def dry_run(options, runs, listing, parts, chosen, device):
@@ -1385,7 +1385,7 @@ def dry_run(options, runs, listing, parts, chosen, device):
     for model in dict.fromkeys(run.model for run in runs):
         same = [run for run in runs if run.model == model]
         for kind, (step, number) in steps_of(same[0], windows, parts, len(listing.classes), device).items():
-            costs[f"{model}, {kind}"] = fastest(step, device)
+            costs[f"{model}, {kind}"] = seconds_of(step, device)
             total += len(same) * number * costs[f"{model}, {kind}"]
             print(f"cost      {model}, {kind}: {len(same) * number:,} of {costs[f'{model}, {kind}']:.3g} s")
     peak = peak_memory(device)

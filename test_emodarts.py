@@ -1722,6 +1722,21 @@ def test_ctrl_c_says_what_goes_on_and_no_step_is_made_twice(cwd, capsys):
     assert all(one[name] != other[name] for name in ("log.csv", "model.pt", "predictions.csv"))
 
 
+def test_a_checkpoint_is_that_of_its_fold(cwd, capsys):
+    Path("foreign/fold1").mkdir(parents=True)
+    shutil.copy("stopped/fold0/checkpoint.pt", "foreign/fold1")
+    assert "of another run or fold" in said(capsys, "--folds", "1", "--out", "foreign", code=2)
+
+
+def test_the_validation_speakers_are_looked_at(cwd):
+    data, (fold, *_) = loaded(train.parse(TINY))
+    net = train.read_model(Path("one/fold0/model.pt"))["net"]
+    labels = data.labels[fold.validation]
+    right = train.predict(net, data, fold.validation).argmax(1) == labels
+    expected = np.mean([right[labels == c].mean() for c in range(3)])
+    assert read_json("one/fold0/result.json")["validation_ua"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_full_disk_leaves_the_old_file_and_is_one_line(cwd, tmp_path, monkeypatch, capsys):
     file, before = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     train.write(file, b"old")
@@ -1757,7 +1772,8 @@ def test_ranks_take_whole_folds_where_there_are_enough(cwd, tmp_path, forks):
     argv, log = [*TWO_FOLDS, str(tmp_path / "ranks")], tmp_path / "log"
     assert ranks(forks, cwd, log, argv) == [0, 0]
     assert left(tmp_path / "ranks") == left("one")
-    assert log.read_text().count("\n| pooled ") == 1 and re.search("^rank [01]: fold 0: found in", log.read_text(), re.M)
+    text = log.read_text()
+    assert text.count("\n| pooled ") == 1 and re.search("^rank [01]: fold 0: found in", text, re.M)
 
 
 def still(net):

@@ -179,7 +179,7 @@ def attempt(problems, f, *args):
 
 
 def check(options):
-    """Refuses, in one message, all that cannot work. -> (listing, folds, numbers of the folds to run)"""
+    """Refuses, in one message, all that cannot work. -> (device, listing, folds, numbers of the folds to run)"""
     problems = []
     for f in fields(Options):
         value, least = getattr(options, f.name), f.metadata["least"]
@@ -200,6 +200,7 @@ def check(options):
         problems.append("--order 2 goes with --relaxation softmax: each of its passes would draw another network")
     if searches(options) and options.warm_up >= options.search_epochs:
         problems.append(f"--warm-up is {options.warm_up}, expected less than --search-epochs, {options.search_epochs}")
+    device = attempt(problems, pick_device, options.device)
     corpus = options.dataset, options.root, options.classes, options.protocol
     listing = attempt(problems, features.read_corpus, *corpus)
     parts = attempt(problems, features.folds, listing) if listing else None
@@ -209,14 +210,14 @@ def check(options):
         if missing:
             problems.append(f"fold {k}: no training utterance is {', '.join(sorted(missing))}; every class needs one")
         half = len(parts[k].train) // 2
-        if options.batch > half:
+        if options.batch > half and any(searches(run) for run in plan(options)):
             problems.append(f"--batch is {options.batch}, and half of fold {k}'s training set {half} utterances; the "
                             "search takes a batch of each half")
     if len(problems) > 1:
         problems.insert(0, f"{len(problems)} things cannot work:")
     if problems:
         raise InputError("\n  ".join(problems))
-    return listing, parts, chosen
+    return device, listing, parts, chosen
 
 
 def chosen_folds(text, number):
@@ -1586,8 +1587,8 @@ def run(argv):
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run and options.dataset == "smoke":  # it is generated where it is not there
             options.root = options.root or scratch
-        listing, parts, chosen = check(options)
-        device, runs = pick_device(options.device), plan(options)
+        device, listing, parts, chosen = check(options)
+        runs = plan(options)
         if options.dry_run:
             with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
                 about = dry_run(options, runs, listing, parts, chosen, device)

@@ -1013,7 +1013,8 @@ class Progress:
         if self.terminal and passing:  # what wraps could not be overwritten
             print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         else:
-            print("\r\033[K" * self.terminal + self.prefix + text, flush=True)
+            text += "\n"  # in the same write: ranks share a log
+            print("\r\033[K" * self.terminal + self.prefix + text, end="", flush=True)
 
 
 def duration(seconds):

@@ -60,7 +60,7 @@ class BothGrids(nn.Module):
     """(N, C, F, T) -> (N, 2C, ceil(F / 2), ceil(T / 2)): the even grid, and behind it the one between its points."""
 
     def forward(self, x):
-        between = F.pad(x, (-1, x.shape[3] % 2, -1, x.shape[2] % 2))  # odd sizes: both grids get ceil(size / 2)
+        between = F.pad(x, (-1, x.shape[3] % 2, -1, x.shape[2] % 2))  # from 1 on; odd sizes: ceil(size / 2)
         return torch.cat([F.avg_pool2d(x, 1, 2), F.avg_pool2d(between, 1, 2)], dim=1)
 
 

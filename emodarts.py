@@ -685,15 +685,8 @@ class Architect:
 
     def first_order(self, val):
         """dL_val(w, alpha)/dalpha, w held fixed. -> L_val, a gradient for each alpha."""
-        weights = self.net.weights()
-        with without_statistics(self.net):
-            try:
-                for w in weights:
-                    w.requires_grad_(False)  # autograd then computes and keeps nothing on their behalf
-                return self.gradient(val, self.net.alphas())
-            finally:
-                for w in weights:
-                    w.requires_grad_(True)
+        with without_statistics(self.net), held_fixed(self.net.weights()):
+            return self.gradient(val, self.net.alphas())
 
     def second_order(self, val, train, xi):
         """[D eq. 7], with the finite difference of [D eq. 8]. -> L_val(w'), a gradient for each alpha."""
@@ -726,6 +719,18 @@ class Architect:
             loss = self.loss(self.net(x), target)
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for what a drawn `none` cuts off
         return self.reduce(loss.detach(), gradients) if self.reduce else (loss.detach(), gradients)
+
+
+@contextmanager
+def held_fixed(parameters):
+    """Inside, these are constants: autograd computes no gradient of theirs, and keeps nothing on their behalf."""
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 @torch.no_grad()

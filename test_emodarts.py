@@ -1311,6 +1311,9 @@ def test_agreement_against_chance():
     chance = sum(np.mean([common(*nodes) for nodes in itertools.product(kind, repeat=2)]) for kind in (two, three))
     found = train.agreement([genotype({0: 0, 1: 1}, {0: 0, 2: op}) for op in (3, 4)], options)
     assert (found["edges"], found["common"]) == (4, 3) and found["chance"] == pytest.approx(chance, abs=0.06)
+    options.search = "seq"  # what no fold searched is no agreement
+    fixed = {"normal": [[["skip_connect", 0], ["skip_connect", 1]]]}
+    assert found == train.agreement([genotype({0: 0, 1: 1}, {0: 0, 2: op}) | fixed for op in (3, 4)], options)
 
 
 def test_multiply_accumulates_by_hand():
@@ -1889,10 +1892,11 @@ def test_bad_input_is_one_clear_line(cwd, capsys, arguments, says):
 
 
 def test_everything_that_cannot_work_is_said_at_once(cwd, capsys):
-    wrong = "--epochs 0 --batch 11 --lr nan --cnn-cells 0 --window 0.1 --folds 0,2 --warm-up 5"
-    err = said(capsys, *wrong.split(), code=2)
+    wrong = "--epochs 0 --batch 11 --lr nan --cnn-cells 0 --window 0.1 --folds 0,2 --warm-up 5 --json a.json"
+    err = said(capsys, *wrong.split(), "--test-dataset", "emodb=nowhere", code=2)
     for text in ("--epochs is 0", "--lr is nan", "cells is 0, expected at least 1", "multiple of 0.0625",
-                 "--warm-up is 5, expected less than", "half of fold 0's training set 10", "fold 2's"):
+                 "--warm-up is 5, expected less than", "half of fold 0's training set 10", "fold 2's",
+                 "--json goes with", "no utterance of emodb in nowhere"):
         assert text in err and err.count(text) == err.count("error:") == 1
     err = said(capsys, "--predict", "mine.csv", "a-sad0.wav", "nowhere.wav", "--from", "one", code=2)
     assert "2 of 3 clips" in err and "mine.csv" in err and "nowhere.wav" in err

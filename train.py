@@ -49,7 +49,7 @@ from torch import distributed, nn
 
 import features
 from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, decided, derive
-from emodarts import expected_parameters, random_genotype, without_statistics
+from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
 from features import CORPORA, InputError, lock
 
 # Options: the command line is made from one dataclass; a scale fixes sizes, never the hardware -----------------------
@@ -181,7 +181,8 @@ def attempt(problems, f, *args):
 
 
 def check(options):
-    """Refuses, in one message, all that cannot work. -> (device, listing, folds, numbers of the folds to run)"""
+    """Refuses, in one message, all that cannot work. -> (device, listing, its folds, numbers of those to run, listing
+    of --test-dataset)"""
     problems = []
     for f in fields(Options):
         value, least = getattr(options, f.name), f.metadata["least"]
@@ -196,6 +197,8 @@ def check(options):
         attempt(problems, given_genotype, options)
     if options.genotype and options.model != "emodarts":
         problems.append(f"--genotype goes with --model emodarts, found --model {options.model}")
+    if options.json and not options.dry_run:
+        problems.append("--json goes with --dry-run, --predict or --from; a run leaves results.json in its folder")
     if searches(options) and net and not net.candidates:
         problems.append(f"--search {options.search} leaves nothing to search with --seq-cells {options.seq_cells}")
     if searches(options) and options.order == 2 and options.relaxation == "sample":
@@ -207,6 +210,7 @@ def check(options):
     listing = attempt(problems, features.read_corpus, *corpus)
     parts = attempt(problems, features.folds, listing) if listing else None
     chosen = attempt(problems, chosen_folds, options.folds, len(parts)) if parts else []
+    other = attempt(problems, second_corpus, options, listing.classes) if listing else None
     for k in chosen or []:
         missing = set(listing.classes) - {listing.utterances[i].label for i in parts[k].train}
         if missing:
@@ -219,7 +223,7 @@ def check(options):
         problems.insert(0, f"{len(problems)} things cannot work:")
     if problems:
         raise InputError("\n  ".join(problems))
-    return device, listing, parts, chosen
+    return device, listing, parts, chosen, other
 
 
 def chosen_folds(text, number):
@@ -418,7 +422,8 @@ def search(net, data, train, options, keep):
             if epoch >= options.warm_up:  # before, operations that have nothing to learn would be ahead
                 value = architect.step(data.batch(for_alpha), (x, target), xi=lr)
                 keep.sums["alpha_loss"] += finite(value, "loss of the alphas", for_alpha, data, keep)
-            value = weight_step(net, loss(net(x), target), optimizer)
+            with held_fixed(net.alphas()):
+                value = weight_step(net, loss(net(x), target), optimizer)
             keep.sums["loss"] += finite(value, "loss", for_w, data, keep)
             keep.step_done()
         keep.epoch_done(lr=lr, steps=steps, entropy=entropy(net), **skips(derive(net)))
@@ -543,7 +548,7 @@ def fixed_cells(options):
         return Genotype(seq=chain("lstm_1", "skip_connect"))
     if options.search == "seq":
         return Genotype(chain("sep_conv_3x3", "sep_conv_3x3"), chain("max_pool_3x3", "sep_conv_3x3"))
-    return None
+    return Genotype()
 
 
 def given_genotype(options):
@@ -1267,11 +1272,13 @@ def graph(kind, cell):
 
 
 def agreement(genotypes, options):
-    """Edges that two folds' genotypes have in common (predecessor and operation), on average over all pairs of folds;
-    the same of random genotypes; and the share of 1,000 random sets that agree as much."""
+    """Searched edges that two folds' genotypes have in common (predecessor and operation), on average over all pairs
+    of folds; the same of random genotypes; and the share of 1,000 random sets that agree as much."""
     rng, folds, draws = np.random.default_rng(0), len(genotypes), 1000
     common, edges, chance = 0, 0, np.zeros(draws)
     for kind, cell in genotypes[0].items():
+        if kind in fixed_cells(options).cells():
+            continue
         ops = SEQ_SPACES[options.seq_space] if kind == "seq" else tuple(CNN_OPS)
         for i in range(2, 2 + len(cell)):
             found = Counter((op, j) for genotype in genotypes for op, j in genotype[kind][i - 2])
@@ -1338,7 +1345,8 @@ def macs(net, shape):
 
 
 def steps_of(options, windows, parts, classes, device):
-    """-> {kind of step: (a function that makes one, with noise of the real size, and how many a run makes)}."""
+    """-> for each kind of step: its name, a function that makes one, with noise of the real size, and how many a run
+    makes. One after the other: a supernet is gone before its derived network's steps are measured."""
     x = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device)
     batch = x, torch.arange(options.batch, device=device) % classes
     loss = partial(cross_entropy, weight=torch.ones(classes, device=device))
@@ -1346,20 +1354,21 @@ def steps_of(options, windows, parts, classes, device):
     batches = [[math.ceil(windows[members].sum() / options.batch) for members in fold] for fold in sides]
     halves, wholes, looks = np.sum(batches, axis=0).tolist()
 
-    def weight(net, optimizer):
-        weight_step(net, loss(net(batch[0]), batch[1]), optimizer)
+    def weight(net, optimizer, constants=()):
+        with held_fixed(constants):
+            weight_step(net, loss(net(batch[0]), batch[1]), optimizer)
 
-    steps, genotype = {}, given_genotype(options)
+    genotype = given_genotype(options)
     if searches(options):
         net = placed(network(options, classes), device)
         genotype = derive(net)
-        alpha = partial(Architect(net, loss, order=options.order).step, batch, batch, 1e-3)
-        steps["alpha step"] = alpha, halves * (options.search_epochs - options.warm_up)
-        steps["weight step"] = partial(weight, net, optimizer_of(net, options)), halves * options.search_epochs
+        yield ("alpha step", partial(Architect(net, loss, order=options.order).step, batch, batch, 1e-3),
+               halves * (options.search_epochs - options.warm_up))
+        yield ("weight step", partial(weight, net, optimizer_of(net, options), net.alphas()),
+               halves * options.search_epochs)
     net = placed(final_network(options, classes, genotype), device)
-    steps["training step"] = partial(weight, net, optimizer_of(net, options)), wholes * options.epochs
-    steps["look"] = torch.no_grad()(partial(net, batch[0])), looks * options.epochs
-    return steps
+    yield "training step", partial(weight, net, optimizer_of(net, options)), wholes * options.epochs
+    yield "look", torch.no_grad()(partial(net, batch[0])), looks * options.epochs
 
 
 def seconds_of(step, device):
@@ -1388,7 +1397,7 @@ def dry_run(options, runs, listing, parts, chosen, device):
     costs, total = {}, 0.0
     for model in dict.fromkeys(run.model for run in runs):
         same = [run for run in runs if run.model == model]
-        for kind, (step, number) in steps_of(same[0], windows, parts, len(listing.classes), device).items():
+        for kind, step, number in steps_of(same[0], windows, parts, len(listing.classes), device):
             costs[f"{model}, {kind}"] = seconds_of(step, device)
             total += len(same) * number * costs[f"{model}, {kind}"]
             print(f"cost      {model}, {kind}: {len(same) * number:,} of {costs[f'{model}, {kind}']:.3g} s")
@@ -1593,13 +1602,12 @@ def run(argv):
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run and options.dataset == "smoke":  # it is generated where it is not there
             options.root = options.root or scratch
-        device, listing, parts, chosen = check(options)
+        device, listing, parts, chosen, other = check(options)
         runs = plan(options)
         if options.dry_run:
             with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
                 about = dry_run(options, runs, listing, parts, chosen, device)
             return answer(options.json, about)
-    other = second_corpus(options, listing.classes)
     jobs = [Job(part, k, out_folder(part) / f"fold{k}") for part in runs for k in chosen]
     if len(jobs) < torchrun()[1]:
         share_steps(options, device)

@@ -1972,7 +1972,7 @@ def test_numbers_that_no_step_can_be_made_with_stop_the_run(cwd, monkeypatch, ca
 def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [*TINY[4:], *"--window 1 --search-epochs 3 --epochs 5 --folds 1,2 --batch 8 --seq-space all".split()]
-    out = said(capsys, *argv, "--dry-run", "--json", "dry.json", sizes=[])
+    out = said(capsys, *argv, "--dry-run", "--json", "dry.json", "--test-dataset", "smoke", sizes=[])
     assert [path.name for path in tmp_path.iterdir()] == ["dry.json"]
     net = Network(features=12, channels=2, cnn_cells=3, nodes=1, seq_cells=1, seq_width=8, stem_stride=2)
     for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():

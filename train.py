@@ -210,7 +210,9 @@ def check(options):
     listing = attempt(problems, features.read_corpus, *corpus)
     parts = attempt(problems, features.folds, listing) if listing else None
     chosen = attempt(problems, chosen_folds, options.folds, len(parts)) if parts else []
-    other = attempt(problems, second_corpus, options, listing.classes) if listing else None
+    other = None
+    if listing and not options.dry_run:  # which would have to generate the smoke test
+        other = attempt(problems, second_corpus, options, listing.classes)
     for k in chosen or []:
         missing = set(listing.classes) - {listing.utterances[i].label for i in parts[k].train}
         if missing:

@@ -316,16 +316,16 @@ def drop_path(x, p):
 
 @contextmanager
 def without_statistics(net):
-    """Inside, batch norm in training mode normalises by the batch as always, but updates copies of its statistics."""
+    """Inside, batch norm in training mode normalises by the batch as always, but leaves its statistics alone."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m, name, statistic) for m in norms for name, statistic in m.named_buffers(recurse=False)]
-    for m, name, statistic in kept:
-        setattr(m, name, statistic.clone())
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None  # they become 1 * themselves + 0 * the batch's; nobody counts
     try:
         yield
     finally:
-        for m, name, statistic in kept:
-            setattr(m, name, statistic)
+        for m, momentum, count in kept:
+            m.momentum, m.num_batches_tracked = momentum, count
 
 
 class CNNCell(Cell):
@@ -666,6 +666,7 @@ class Architect:
         if order == 2 and net.relaxation == "sample":
             raise ValueError("order 2 goes with relaxation softmax: each of its passes would draw another network")
         self.net, self.loss, self.order, self.penalty, self.reduce = net, loss, order, penalty, reduce
+        self.weights = net.weights()
         self.optimizer = torch.optim.Adam(net.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
 
     def step(self, val, train=None, xi=0.0):
@@ -685,12 +686,12 @@ class Architect:
 
     def first_order(self, val):
         """dL_val(w, alpha)/dalpha, w held fixed. -> L_val, a gradient for each alpha."""
-        with without_statistics(self.net), held_fixed(self.net.weights()):
+        with without_statistics(self.net), held_fixed(self.weights):
             return self.gradient(val, self.net.alphas())
 
     def second_order(self, val, train, xi):
         """[D eq. 7], with the finite difference of [D eq. 8]. -> L_val(w'), a gradient for each alpha."""
-        w, alphas = self.net.weights(), self.net.alphas()
+        w, alphas = self.weights, self.net.alphas()
         w_before = [p.detach().clone() for p in w]
         # The three passes over the training batch must be the same function of (w, alpha): with fresh dropout masks
         # the difference of the last two would be that of the masks, blown up by 1 / (2 eps).

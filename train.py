@@ -20,6 +20,7 @@ import argparse
 import csv
 import ctypes
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -425,7 +426,7 @@ def search(net, data, train, options, keep):
                 value = architect.step(data.batch(for_alpha), (x, target), xi=lr)
                 keep.sums["alpha_loss"] += finite(value, "loss of the alphas", for_alpha, data, keep)
             with held_fixed(net.alphas()):
-                value = weight_step(net, loss(net(x), target), optimizer)
+                value = weight_step(loss(net(x), target), optimizer)
             keep.sums["loss"] += finite(value, "loss", for_w, data, keep)
             keep.step_done()
         keep.epoch_done(lr=lr, steps=steps, entropy=entropy(net), **skips(derive(net)))
@@ -449,7 +450,7 @@ def train(net, data, train, validation, options, keep):
             torch.manual_seed(place(*here, step, ranks()[0]))
             x, target = data.batch(pair)
             x = augmented(x, options)
-            value = weight_step(net, cross_entropy(net(x), target, weight), optimizer)
+            value = weight_step(cross_entropy(net(x), target, weight), optimizer)
             keep.sums["loss"] += finite(value, "loss", pair, data, keep)
             keep.step_done()
         seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
@@ -478,9 +479,9 @@ def cross_entropy(logits, target, weight):
     return loss / weight[target].sum()
 
 
-def weight_step(net, loss, optimizer):
+def weight_step(loss, optimizer):
     """One step of the weights, and of nothing else: -> the loss, a float, NaN where the gradient is not finite."""
-    w = net.weights()
+    w = optimizer.param_groups[0]["params"]
     loss.backward(inputs=w)
     moved = [p for p in w if p.grad is not None]  # those of operations that were drawn: the same on all ranks
     value = loss.detach()
@@ -747,7 +748,7 @@ def predict(net, data, utterances, batch=64, statistics=True):
     goes by the batch."""
     net.eval()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and not statistics:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not statistics:  # also SyncBatchNorm
             module.train()
     window, of = data.windows(utterances)
     logits = torch.cat([net(data.maps(part)) for part in window.split(batch)]).cpu().double()
@@ -934,8 +935,7 @@ def share_steps(options, device):
         torch.cuda.set_device(device)
     # An optimizer's first step imports this, and it keeps a process group that it finds for good (torch 2.11): the
     # group's threads would then meet the interpreter's end, and may abort it.
-    import torch._dynamo  # noqa: F401
-
+    importlib.import_module("torch._dynamo")
     store, rank, world = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with the addresses of the dead
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -1358,7 +1358,7 @@ def steps_of(options, windows, parts, classes, device):
 
     def weight(net, optimizer, constants=()):
         with held_fixed(constants):
-            weight_step(net, loss(net(batch[0]), batch[1]), optimizer)
+            weight_step(loss(net(batch[0]), batch[1]), optimizer)
 
     genotype = given_genotype(options)
     if searches(options):
@@ -1374,7 +1374,7 @@ def steps_of(options, windows, parts, classes, device):
 
 
 def seconds_of(step, device):
-    """Median seconds of a step: the first ones are slower, and with sampled operations no two are alike."""
+    """Median seconds of the later steps: the first ones are slower, and with sampled operations no two are alike."""
     times = []
     while len(times) < 5 or (len(times) < 15 and sum(times) < 30):
         started = time.perf_counter()
@@ -1382,33 +1382,41 @@ def seconds_of(step, device):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return float(np.median(times))
+    return float(np.median(times[len(times) // 2 :]))
+
+
+def gigabytes(peak):
+    return f"{peak:.3g} GB" if peak else "memory unknown"
 
 
 def dry_run(options, runs, listing, parts, chosen, device):
     """Says what would happen and what it costs, measured with a network of each model here. -> the same for machines"""
     about_folds = list(features.describe_folds(listing, parts))
     parts = [parts[k] for k in chosen]
-    windows, seconds = features.lengths(listing, options.window)
+    windows, lengths = features.lengths(listing, options.window)
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
-          f"{seconds.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
+          f"{lengths.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
     with torch.device("meta"):
         net = network(options, len(listing.classes))
     for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
         print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
-    costs, total = {}, 0.0
+    seconds, peaks, total = {}, {}, 0.0  # of a step of each kind
     for model in dict.fromkeys(run.model for run in runs):
         same = [run for run in runs if run.model == model]
         for kind, step, number in steps_of(same[0], windows, parts, len(listing.classes), device):
-            costs[f"{model}, {kind}"] = seconds_of(step, device)
-            total += len(same) * number * costs[f"{model}, {kind}"]
-            print(f"cost      {model}, {kind}: {len(same) * number:,} of {costs[f'{model}, {kind}']:.3g} s")
-    peak = peak_memory(device)
-    print(f"in all    about {duration(total)} on {device}, peak memory {f'{peak:.1f} GB' if peak else 'unknown'}",
+            kind = f"{model}, {kind}"
+            reset_peak(device)
+            seconds[kind] = seconds_of(step, device)
+            peaks[kind] = peak_memory(device) or 0.0
+            total += len(same) * number * seconds[kind]
+            print(f"cost      {kind}: {len(same) * number:,} of {seconds[kind]:.3g} s, {gigabytes(peaks[kind])}")
+    peak = max(peaks.values())
+    print(f"in all    about {duration(total)} on {device}, peak memory {gigabytes(peak)}",
           *(about_folds[k] for k in chosen), sep="\n")
     print(f"a dry run: nothing was written; a run goes to {out_folder(options)}")
     return {"command": command(), "settings": settings_of(options), "device": str(device), "versions": versions(),
-            "threads": torch.get_num_threads(), "seconds_of_a_step": costs, "seconds": total, "peak_gb": peak}
+            "threads": torch.get_num_threads(), "seconds_of_a_step": seconds, "peak_gb_of_a_step": peaks,
+            "seconds": total, "peak_gb": peak}
 
 
 def answer(file, about):

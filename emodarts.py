@@ -269,9 +269,10 @@ class Cell(nn.Module):
             return self.along(edges, x, *choice)
         outputs = []
         for part in [[edge] for edge in edges] if self.recompute_edge_by_edge else [edges]:
+            ops = nn.ModuleList(self.edges[f"{j}_{i}"] for i, j, _ in part)
             outputs += checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
                 self.along, part, x, *choice, use_reentrant=False,
-                context_fn=lambda: (nullcontext(), without_statistics(self)),
+                context_fn=lambda: (nullcontext(), without_statistics(ops)),
             )
         return outputs
 

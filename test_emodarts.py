@@ -49,7 +49,7 @@ SMALL = dict(channels=4, features=24, cnn_cells=3, seq_cells=1, nodes=2, stem_st
 KINDS = ("normal", "reduce", "seq")
 RECURRENT = [name for name in SEQ_OPS if name not in ("none", "skip_connect")]
 close = torch.testing.assert_close
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+gpu = pytest.mark.skipif("not torch.cuda.is_available()", reason="no GPU")  # asked late: who has asked cannot fork
 
 
 @pytest.fixture(autouse=True)

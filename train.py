@@ -1376,7 +1376,7 @@ def steps_of(options, windows, parts, classes, device):
 def seconds_of(step, device):
     """Median seconds of the later steps: the first ones are slower, and with sampled operations no two are alike."""
     times = []
-    while len(times) < 5 or (len(times) < 15 and sum(times) < 30):
+    while len(times) < 5 or (len(times) < 30 and sum(times) < 30):
         started = time.perf_counter()
         step()
         if device.type == "cuda":

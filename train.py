@@ -1386,7 +1386,7 @@ def seconds_of(step, device):
 
 
 def gigabytes(peak):
-    return f"{peak:.3g} GB" if peak else "memory unknown"
+    return f"{peak:.3g} GB" if peak else "? GB"  # where the system does not say
 
 
 def dry_run(options, runs, listing, parts, chosen, device):

@@ -663,6 +663,7 @@ def run_fold(job, data, parts, other, progress):
             genotype = search(supernet, data, fold.train, options, keep)
             keep.decision = decision(supernet, genotype, data, fold.validation)
             progress.say(f"fold {job.fold}: found in {keep.seconds['search']:.0f} s\n{genotype}")
+            del supernet  # the training has no use for its memory
         keep.search_done(genotype)
     genotype = keep.genotype
     if genotype:

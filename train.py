@@ -1,6 +1,6 @@
 """Search, derive, train, test: emoDARTS end to end, speaker-independent.
 
-    python train.py                                         # the smoke test: no data, no GPU, under two minutes
+    python train.py                                         # the smoke test: no data, no GPU, one to three minutes
     python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
     python train.py --dataset emodb --root /data/emodb --compare --seeds 3      # beside baselines and random genotypes
     python train.py --dry-run                               # what would happen, and what it would cost

@@ -1,10 +1,20 @@
 """emoDARTS: joint differentiable architecture search of a CNN and a sequential network (SeqNN)
-for speech emotion recognition, in one file that needs torch alone.
+for speech emotion recognition, in one file that needs torch alone. The method, on noise:
 
-    net = Network(classes=4)                                   # no genotype: the supernet
-    architect = Architect(net, loss)                           # moves the alphas
-    genotype = derive(net)                                     # reads the alphas
-    net = Network(classes=4, genotype=genotype)                # the derived network, to be trained from scratch
+    import torch
+    from torch.nn.functional import cross_entropy
+    from emodarts import Architect, Network, derive
+    x, y = torch.randn(32, 1, 40, 32), torch.arange(32) % 4  # MFCC maps (N, 1, F, T) and classes: put yours here
+    sizes = dict(classes=4, bands=40, channels=4, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
+    net = Network(**sizes)  # the supernet: every edge mixes all operations
+    architect = Architect(net, cross_entropy)
+    optimizer = torch.optim.SGD(net.weights(), lr=0.025)
+    for step in range(3):
+        architect.step((x[16:], y[16:]))  # the alphas move on one half of the training data
+        optimizer.zero_grad()
+        cross_entropy(net(x[:16]), y[:16]).backward()  # the weights on the other half
+        optimizer.step()
+    net = Network(**sizes, genotype=derive(net))  # the derived network, to be trained from scratch
 
 The problem is bi-level: find the alphas (which operation stands on which edge) that are best on validation
 data when the weights w are those that are best on training data *for these alphas*:
@@ -13,7 +23,6 @@ data when the weights w are those that are best on training data *for these alph
 
 Read on in this order: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations), Genotype
 (the choice made discrete again), Network (cells from MFCC map to logits), derive, Architect (the hypergradient).
-
 Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequence is (N, T, D) = batch, time, width.
 
 [P]  Rajapakshe et al., "emoDARTS: Joint Optimisation of CNN & Sequential Neural Network Architectures for Superior
@@ -23,37 +32,61 @@ Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequ
 """
 
 import json
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
 # CNN operations: (N, C, F, T) -> (N, C, ceil(F / stride), ceil(T / stride)). All paths through a cell must agree in
 # size, for odd sizes too, hence "ceil" everywhere. `affine`: whether batch norm (BN) learns a scale and a shift. While
 # searching it does not: a learned scale would undo what alpha says about the operation.
 
 
 class Zero(nn.Module):
-    """`none`: no connection. Zeros of the shape that the other operations return."""
-
-    def __init__(self, stride=1):
-        super().__init__()
-        self.stride = stride
+    """`none`: no connection."""
 
     def forward(self, x):
-        return torch.zeros_like(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
+        return torch.zeros_like(x)
 
 
-class EvenGrid(nn.Module):
-    """(N, C, F, T) -> (N, C, ceil(F / 2), ceil(T / 2)): every other row and column."""
+def relu_conv_bn(c, kernel, stride, dilation, affine):
+    """ReLU, depthwise kernel x kernel, pointwise 1x1, BN."""
+    depthwise = nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False)
+    return nn.Sequential(nn.ReLU(), depthwise, nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c, affine=affine))
 
-    def forward(self, x):
-        return F.avg_pool2d(x, 1, 2)  # x[:, :, ::2, ::2], whose gradient would not be channels_last: slow on CPU
+
+def sep_conv(c, stride, affine, *, kernel):
+    return nn.Sequential(*relu_conv_bn(c, kernel, stride, 1, affine), *relu_conv_bn(c, kernel, 1, 1, affine))
+
+
+def dil_conv(c, stride, affine, *, kernel):
+    if stride == 1:
+        return relu_conv_bn(c, kernel, 1, 2, affine)
+    # Only the even grid is looked at, and avg_pool2d(x, 1, 2) is x[:, :, ::2, ::2] with a gradient that stays
+    # channels_last: the same numbers, several times faster on CPU.
+    return nn.Sequential(nn.AvgPool2d(1, 2), *relu_conv_bn(c, kernel, 1, 1, affine))
+
+
+def pool(c, stride, affine, *, layer):
+    return nn.Sequential(layer(3, stride, padding=1), nn.BatchNorm2d(c, affine=affine))
+
+
+def factorized_reduce(c_in, c_out, affine):
+    """`skip_connect` with stride 2: (N, C_in, F, T) -> (N, C_out, ceil(F / 2), ceil(T / 2)), C_out even. Half of the
+    output channels look at the even grid, half at the odd one. The grids come first: a 1x1 convolution with stride 2 is
+    the same, and corrupts memory on CPU with channels_last (torch 2.11)."""
+    convolution = nn.Conv2d(2 * c_in, c_out, 1, groups=2, bias=False)
+    return nn.Sequential(nn.ReLU(), BothGrids(), convolution, nn.BatchNorm2d(c_out, affine=affine))
+
+
+def conv_1x1(c_in, c_out, affine):
+    """Brings an input of a cell to the cell's channels: (N, C_in, F, T) -> (N, C_out, F, T)."""
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
 
 
 class BothGrids(nn.Module):
@@ -64,109 +97,55 @@ class BothGrids(nn.Module):
         return torch.cat([F.avg_pool2d(x, 1, 2), F.avg_pool2d(between, 1, 2)], dim=1)
 
 
-def factorized_reduce(c_in, c_out, affine):
-    """`skip_connect` with stride 2: (N, C_in, F, T) -> (N, C_out, ceil(F / 2), ceil(T / 2)), C_out even.
-
-    Half of the output channels look at the even grid, half at the odd one. The grids come first: a 1x1 convolution with
-    stride 2 is the same, and corrupts memory on CPU with channels_last (torch 2.11).
-    """
-    convolution = nn.Conv2d(2 * c_in, c_out, 1, groups=2, bias=False)
-    return nn.Sequential(nn.ReLU(), BothGrids(), convolution, nn.BatchNorm2d(c_out, affine=affine))
-
-
-def conv_1x1(c_in, c_out, affine):
-    """Brings an input of a cell to the cell's channels: (N, C_in, F, T) -> (N, C_out, F, T)."""
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
-
-
-def dil_conv(c, stride, affine, *, kernel, dilation=2):
-    """ReLU, depthwise kernel x kernel, pointwise 1x1, BN."""
-    grid = []
-    if stride == dilation == 2:  # only the even grid is ever looked at: the same numbers, several times faster on CPU
-        grid, stride, dilation = [EvenGrid()], 1, 1
-    return nn.Sequential(
-        nn.ReLU(),
-        *grid,
-        nn.Conv2d(c, c, kernel, stride, dilation * (kernel // 2), dilation, groups=c, bias=False),
-        nn.Conv2d(c, c, 1, bias=False),
-        nn.BatchNorm2d(c, affine=affine),
-    )
-
-
-def sep_conv(c, stride, affine, *, kernel):
-    """(ReLU, depthwise kernel x kernel, pointwise 1x1, BN) twice, without dilation."""
-    half = partial(dil_conv, kernel=kernel, dilation=1)
-    return nn.Sequential(*half(c, stride, affine), *half(c, 1, affine))
-
-
-def pool(c, stride, affine, *, layer):
-    return nn.Sequential(layer(3, stride, padding=1), nn.BatchNorm2d(c, affine=affine))
-
-
-def skip(c, stride, affine):
-    return nn.Identity() if stride == 1 else factorized_reduce(c, c, affine)
-
-
 # name -> constructor(channels, stride, affine)
 CNN_OPS = {
-    "none": lambda c, stride, affine: Zero(stride),
+    "none": lambda c, stride, affine: nn.Sequential(nn.AvgPool2d(1, stride), Zero()),
     "max_pool_3x3": partial(pool, layer=nn.MaxPool2d),
     "avg_pool_3x3": partial(pool, layer=partial(nn.AvgPool2d, count_include_pad=False)),
-    "skip_connect": skip,
+    "skip_connect": lambda c, stride, affine: nn.Identity() if stride == 1 else factorized_reduce(c, c, affine),
     "sep_conv_3x3": partial(sep_conv, kernel=3),
     "sep_conv_5x5": partial(sep_conv, kernel=5),
     "dil_conv_3x3": partial(dil_conv, kernel=3),
     "dil_conv_5x5": partial(dil_conv, kernel=5),
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 # SeqNN operations: (N, T, D) -> (N, T, D). The recurrence runs over time, within an utterance; never over the batch.
 # All end in a layer norm, as CNN operations end in BN, and start with weights that keep a signal's size at any depth:
 # otherwise lstm_4 begins at a hundredth of what a skip adds, and alpha measures how loud an operation is.
 
 
-def recurrent_layers(layer, width, layers, **more):
-    """nn.LSTM or nn.RNN. Gate by gate, input weights are Xavier's, recurrent ones orthogonal; the forget gate's bias is
-    1, others are 0."""
-    rnn = layer(width, width, layers, batch_first=True, **more)
-    for name, p in rnn.named_parameters():
-        gates = p.detach().chunk(len(p) // width)  # of an LSTM: input, forget, cell, output
-        for k, gate in enumerate(gates):
-            if "weight_ih" in name:
-                nn.init.xavier_uniform_(gate)
-            elif "weight_hh" in name:
-                nn.init.orthogonal_(gate)
-            else:
-                nn.init.constant_(gate, float("bias_ih" in name and len(gates) == 4 and k == 1))
-    return rnn
-
-
 class Recurrent(nn.Module):
-    """`lstm_k`, `rnn_k`: k stacked layers, one direction."""
+    """`lstm_k`, `rnn_k`: k stacked layers, one direction. Gate by gate, input weights start as Xavier's, recurrent ones
+    orthogonal; the forget gate's bias is 1, others are 0."""
 
-    def __init__(self, width, affine, *, layer, layers):
+    def __init__(self, width, affine, *, layer, layers, bidirectional=False):
         super().__init__()
-        self.rnn = recurrent_layers(layer, width, layers)
+        self.rnn = layer(width, width, layers, batch_first=True, bidirectional=bidirectional)
         self.norm = nn.LayerNorm(width, elementwise_affine=affine)
+        for name, p in self.rnn.named_parameters():
+            for k, gate in enumerate(p.detach().split(width)):  # of an LSTM: input, forget, cell, output
+                if "weight_ih" in name:
+                    nn.init.xavier_uniform_(gate)
+                elif "weight_hh" in name:
+                    nn.init.orthogonal_(gate)
+                else:
+                    nn.init.constant_(gate, float(layer is nn.LSTM and "bias_ih" in name and k == 1))
 
     def forward(self, x):
         return self.norm(self.rnn(x)[0])
 
 
-class RecurrentAttention(nn.Module):
-    """`lstm_att_k`, `rnn_att_k`: k stacked bidirectional layers, then additive attention over time.
+class RecurrentAttention(Recurrent):
+    """`lstm_att_k`, `rnn_att_k`: k stacked bidirectional layers, then additive attention over time. With h_t the output
+    at frame t and q the last output of both directions (each 2D wide):
 
-    With h_t the output at frame t and q the last output of both directions (each 2D wide):
         a = softmax over t of  v . tanh(W [h_t, q]),      context = sum_t a_t h_t,      y_t = P [h_t, context]
     """
 
     def __init__(self, width, affine, *, layer, layers):
-        super().__init__()
-        self.rnn = recurrent_layers(layer, width, layers, bidirectional=True)
+        super().__init__(width, affine, layer=layer, layers=layers, bidirectional=True)
         self.score = nn.Sequential(nn.Linear(4 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         self.project = nn.Linear(4 * width, width)
-        self.norm = nn.LayerNorm(width, elementwise_affine=affine)
 
     def forward(self, x):  # (N, T, D)
         h, _ = self.rnn(x)  # (N, T, 2D): the forward half ends with the last frame, the backward half with the first
@@ -192,9 +171,7 @@ SEQ_SPACES = {"all": tuple(SEQ_OPS)}
 for _family, _depths in {"lstm": 4, "rnn": 4, "lstm_att": 2, "rnn_att": 2}.items():
     SEQ_SPACES[_family] = ("none", "skip_connect", *(f"{_family}_{k + 1}" for k in range(_depths)))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The mixed operation, and the cell: a graph of them.
+RELAXATIONS = ("softmax", "sample")
 
 
 class MixedOp(nn.Module):
@@ -202,112 +179,79 @@ class MixedOp(nn.Module):
 
         o_bar(x) = sum_o softmax(alpha)_o * o(x)
 
-    `ops`: name -> module; all return the same shape. `weight`: softmax(alpha), shape (len(ops),). Without `weight` the
-    edge is decided and holds one operation. `drawn`: number of the only operation that is computed, see
-    `Network.relaxed`. `call(op, x)` computes an operation; `Cell` has a faster way than op(x).
+    `ops`: name -> module. `weight`: softmax(alpha), (operations,); a decided edge has one operation and no weight.
+    `drawn`: number of the only operation to compute, see `Network.relaxed`. ValueError where numbers or shapes differ.
     """
 
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
 
-    def forward(self, x, weight=None, drawn=None, call=nn.Module.__call__):
+    def forward(self, x, weight=None, drawn=None):
         ops = list(self.ops.values())
+        if len(ops) != (1 if weight is None else len(weight)):
+            raise ValueError(f"expected a weight for each of {', '.join(self.ops)}, found {weight}")
         if weight is None:
-            return call(ops[0], x)
+            return ops[0](x)
         if drawn is not None:
-            return weight[drawn] * call(ops[drawn], x)
-        y = None
-        for w, name, op in zip(weight, self.ops, ops):
-            if name != "none":  # adds nothing; its alpha still counts, as it takes its share of the softmax
-                out = call(op, x)
-                y = w * out if y is None else y.addcmul_(w, out)  # y + w * out without a copy of y
+            return weight[drawn] * ops[drawn](x)
+        # `none` adds nothing; its alpha still counts, as it takes its share of the softmax.
+        (w, first, op), *others = [item for item in zip(weight, self.ops, ops) if item[1] != "none"]
+        y = w * op(x)
+        for w, name, op in others:
+            out = op(x)
+            if out.shape != y.shape:
+                raise ValueError(f"operations return different shapes: {first} {[*y.shape]}, {name} {[*out.shape]}")
+            y.addcmul_(w, out)  # y + w * out without a copy of y
         return y
 
 
 class Cell(nn.Module):
-    """A directed acyclic graph. States 0 and 1 are the outputs of the two cells before; state i >= 2 (a node) is the
-    sum of its incoming edges, i.e. sum_j edge_ji(state j), j < i; the output is the concatenation of the nodes.
+    """A directed acyclic graph. States 0 and 1 are the outputs of the two cells before, state i >= 2 (a node) is the
+    sum of its incoming edges, s_i = sum_{j < i} edge_ji(s_j), and the output is the concatenation of the nodes.
 
     `wiring`: for each node the list of its edges (j, names of the candidate operations): many names before the search
-    has decided, one after. The cell does not care which. `make(name, j)` builds an operation for an edge that starts
-    at state j. Edge and operation keep their names in `state_dict`, so a derived cell's keys are among the supernet's.
+    has decided, one after; the cell does not care which. `make(name, j)` builds an operation for an edge that starts at
+    state j. `before`: modules that the inputs pass first. `concat`: the axis of C in (N, C, F, T). Edge and operation
+    keep their names in `state_dict`, so a derived cell's keys are among the supernet's.
     """
 
-    concat = 1  # the axis of C in (N, C, F, T)
-    recompute, recompute_edge_by_edge = False, False
-
-    def __init__(self, kind, wiring, make, before=(nn.Identity, nn.Identity)):
+    def __init__(self, kind, wiring, make, before=(), edge=MixedOp, concat=1):
         super().__init__()
-        self.kind = kind
-        self.before = nn.ModuleList(make_input() for make_input in before)
+        self.kind, self.concat = kind, concat
+        self.before = nn.ModuleList(before or [nn.Identity(), nn.Identity()])
         self.edges = nn.ModuleDict()
-        self.leaving = [[] for _ in range(len(wiring) + 2)]  # of state j: its edges (i, j, row of the alphas)
+        self.incoming = [[] for _ in wiring]  # of each node: its edges, as (row of the weights, j)
         for i, node in enumerate(wiring, start=2):
             for j, names in node:
-                self.leaving[j].append((i, j, len(self.edges)))
-                self.edges[f"{j}_{i}"] = MixedOp({name: make(name, j) for name in names})
-        for edges in self.leaving:
-            share([op for i, j, _ in edges for op in self.edges[f"{j}_{i}"].ops.values()])
+                self.incoming[i - 2].append((len(self.edges), j))
+                self.edges[f"{j}_{i}"] = edge({name: make(name, j) for name in names})
 
     def forward(self, s0, s1, weight=None, drawn=None, p_drop=0.0):
-        """`weight` and `drawn`: lists over the edges, ordered by node, then predecessor, of what `MixedOp` takes.
-        `p_drop`: the share of utterances for which an edge of a derived cell is dropped in training (drop-path)."""
+        """`weight`: alpha.softmax(-1), (edges, operations), in the order of `wiring`; None if decided. `drawn`: for
+        each edge a number, see `MixedOp`. `p_drop`: the share of utterances for which a decided edge is dropped in
+        training (drop-path). Raises ValueError for rows or shapes that do not fit."""
+        weights = [None] * len(self.edges) if weight is None else list(weight)
+        drawn = drawn or [None] * len(weights)
+        if len(weights) != len(self.edges):
+            raise ValueError(f"{self.kind} cell: {len(weights)} rows of weights for {len(self.edges)} edges")
         states = [self.before[0](s0), self.before[1](s1)]
-        arrived = [[] for _ in self.leaving]  # at state i: edge_ji(state j), in the order of j
-        for j, edges in enumerate(self.leaving):
-            if j >= 2:
-                states.append(reduce(torch.add, arrived[j]))
-            for (i, _, _), y in zip(edges, self.leave(edges, states[j], weight, drawn, p_drop)):
-                arrived[i].append(y)
+        for i, node in enumerate(self.incoming, start=2):
+            arrived = []
+            for row, j in node:
+                edge = self.edges[f"{j}_{i}"]
+                y = edge(states[j], weights[row], drawn[row])
+                if p_drop > 0 and self.training and weight is None and "skip_connect" not in edge.ops:
+                    y = drop_path(y, p_drop)  # never of a skip, which keeps the path alive
+                arrived.append(y)
+            if any(y.shape != arrived[0].shape for y in arrived):
+                found = []
+                for (row, j), y in zip(node, arrived):
+                    ops, k = list(self.edges[f"{j}_{i}"].ops), drawn[row]
+                    found.append(f"{ops if k is None else ops[k]} {[*y.shape]}")
+                raise ValueError(f"{self.kind} cell, node {i}: edges return different shapes: {', '.join(found)}")
+            states.append(sum(arrived[1:], start=arrived[0]))
         return torch.cat(states[2:], dim=self.concat)
-
-    def leave(self, edges, x, *choice):
-        """State j -> the outputs of the edges that leave it. With `recompute` only the state is kept, and its edges are
-        computed again on the way back: less memory, more time, the same bits."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self.along(edges, x, *choice)
-        outputs = []
-        for part in [[edge] for edge in edges] if self.recompute_edge_by_edge else [edges]:
-            ops = nn.ModuleList(self.edges[f"{j}_{i}"] for i, j, _ in part)
-            outputs += checkpoint(  # the second time BN leaves its statistics alone: a batch counts once
-                self.along, part, x, *choice, use_reentrant=False,
-                context_fn=lambda: (nullcontext(), without_statistics(ops)),
-            )
-        return outputs
-
-    def along(self, edges, x, weight, drawn, p_drop):
-        call = partial(shared_call, known={})
-        outputs = []
-        for i, j, row in edges:
-            edge = self.edges[f"{j}_{i}"]
-            y = edge(x, weight and weight[row], drawn and drawn[row], call)
-            if weight is None and self.training and p_drop > 0 and "skip_connect" not in edge.ops:
-                y = drop_path(y, p_drop)  # never of a skip, which keeps the path alive
-            outputs.append(y)
-        return outputs
-
-
-def share(ops):
-    """Operations on edges that leave one state and begin alike get one module for it, as long as it has no weights: the
-    ReLU, the grid, pooling with the BN behind it while that has no scale. Computed once, a step is 1.3 times faster."""
-    begun = {}
-    for op in ops:
-        for k, module in enumerate(op if isinstance(op, nn.Sequential) else ()):
-            if any(True for _ in module.parameters()):
-                break
-            op[k] = begun.setdefault(repr(op[: k + 1]), module)
-
-
-def shared_call(op, x, known):
-    """op(x). `known` remembers what modules before the first weights have returned for this x: module -> output."""
-    begins = True
-    for module in op if isinstance(op, nn.Sequential) else (op,):
-        begins = begins and not any(True for _ in module.parameters())
-        if begins and module not in known:
-            known[module] = module(x)
-        x = known[module] if begins else module(x)
-    return x
 
 
 def drop_path(x, p):
@@ -315,62 +259,62 @@ def drop_path(x, p):
     return x * F.dropout(x.new_ones(len(x), *[1] * (x.dim() - 1)), p)
 
 
-@contextmanager
-def without_statistics(net):
-    """Inside, batch norm in training mode normalises by the batch as always, but leaves its statistics alone."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms:
-        m.momentum, m.num_batches_tracked = 0.0, None  # they become 1 * themselves + 0 * the batch's; nobody counts
-    try:
-        yield
-    finally:
-        for m, momentum, count in kept:
-            m.momentum, m.num_batches_tracked = momentum, count
-
-
 class CNNCell(Cell):
-    """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T), or (N, nodes * c, ceil(F / 2), ceil(T / 2)) if `reduce`.
+    """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T). A reduction cell (`kind` "reduce") has stride 2 on the
+    edges that leave its two inputs: its nodes are (N, c, ceil(F / 2), ceil(T / 2)). After a reduction cell the older
+    input is still twice as large (`halve_s0`) and is halved on the way in."""
 
-    A reduction cell (`kind` "reduce") has stride 2 on the edges that leave its two inputs. After a reduction cell the
-    older input is still twice as large (`halve_s0`) and is halved on the way in.
-    """
-
-    def __init__(self, kind, wiring, c0, c1, c, halve_s0, affine):
+    def __init__(self, kind, wiring, c0, c1, c, halve_s0, affine, edge=MixedOp):
         def make(name, j):
-            stride = 2 if kind == "reduce" and j < 2 else 1
-            return CNN_OPS[name](c, stride, affine)
+            return CNN_OPS[name](c, 2 if kind == "reduce" and j < 2 else 1, affine)
 
         before = factorized_reduce if halve_s0 else conv_1x1
-        super().__init__(kind, wiring, make, (partial(before, c0, c, affine), partial(conv_1x1, c1, c, affine)))
+        super().__init__(kind, wiring, make, [before(c0, c, affine), conv_1x1(c1, c, affine)], edge)
 
 
 class SeqCell(Cell):
     """(N, T, D), (N, T, D) -> (N, T, D). Adaptive average pooling brings the nodes * D features back to D."""
 
-    concat = 2  # the axis of D in (N, T, D)
-    recompute_edge_by_edge = True  # they have nothing in common, and one at a time takes less memory
-
-    def __init__(self, wiring, width, affine):
-        super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine))
+    def __init__(self, wiring, width, affine, edge=MixedOp):
+        super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine), edge=edge, concat=2)
         self.width = width
 
     def forward(self, *args):
         return F.adaptive_avg_pool1d(super().forward(*args), self.width)  # (N, T, nodes * D) -> (N, T, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The genotype: what a search has found.
+class RecomputedOp(MixedOp):
+    """A MixedOp that keeps its input only, and computes its operations again on the way back: less memory, more time,
+    the same bits. The second time BN leaves its statistics alone: a batch counts once."""
+
+    def forward(self, *args):
+        contexts = nullcontext(), without_statistics(self)
+        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class without_statistics:
+    """Inside, batch norm in training mode normalises by the batch as always, but its statistics go into copies. Knows
+    the norms that `net` has when it is built, and may be entered again and again."""
+
+    def __init__(self, net):
+        self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.kept = []
+
+    def __enter__(self):
+        self.kept.append([m._buffers for m in self.norms])
+        for m in self.norms:  # copies, as a momentum of 0 would still make NaN of the statistics where a batch has it
+            m._buffers = {name: b if b is None else b.clone() for name, b in m._buffers.items()}
+
+    def __exit__(self, *error):
+        for m, buffers in zip(self.norms, self.kept.pop()):
+            m._buffers = buffers
 
 
 @dataclass(frozen=True)
 class Genotype:
-    """A decided architecture: one graph for all normal CNN cells, one for all reduction cells, one for all SeqNN cells.
-    A cell is None when the network's depth does not use it.
-
-    A cell is a tuple of nodes, a node a tuple of edges, an edge a pair (operation, predecessor); predecessors 0 and 1
-    are the cell's inputs, 2 its first node. Raises ValueError when that is not what it is given.
-    """
+    """What a search has found: a graph for all normal CNN cells, one for all reduction cells, one for all SeqNN cells;
+    None for a kind that the network's depth does not use. A cell is a tuple of nodes, a node a tuple of edges, an edge
+    a pair (operation, predecessor); predecessors 0 and 1 are the cell's inputs, 2 its first node. Else ValueError."""
 
     normal: tuple = None
     reduce: tuple = None
@@ -398,8 +342,7 @@ class Genotype:
         lines = []
         for kind, cell in self.cells().items():
             lines.append(f"{kind} cell (0, 1: the outputs of the two cells before)")
-            for i, node in enumerate(cell, start=2):
-                lines.append(f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node))
+            lines += [f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node) for i, node in enumerate(cell, start=2)]
             lines.append(f"  output = [{', '.join(str(i) for i in range(2, len(cell) + 2))}]")
         return "\n".join(lines)
 
@@ -412,10 +355,8 @@ def checked_cell(kind, cell):
     except (TypeError, ValueError):
         nodes = ()
     if not nodes or not all(nodes):
-        raise ValueError(
-            f"genotype, {kind} cell: expected a list of nodes, each a list of edges [operation, predecessor], "
-            f"at least one of each, found {cell!r:.80}"
-        )
+        raise ValueError(f"genotype, {kind} cell: expected a list of nodes, each a list of edges [operation, "
+                         f"predecessor], at least one of each, found {cell!r:.80}")
     for i, node in enumerate(nodes, start=2):
         where = f"genotype, {kind} cell, node {i}"
         for op, j in node:
@@ -428,26 +369,18 @@ def checked_cell(kind, cell):
     return nodes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network, in both of its lives.
-
-RELAXATIONS = ("softmax", "sample")
-
-
 class Frames(nn.Module):
-    """(N, C, F, T) -> (N, T, D), what the SeqNN hears of each frame: the mean over F, D = C, as in the paper; with a
+    """(N, C, F, T) -> (N, T, D), what the SeqNN reads of each frame: the mean over F, D = C, as in the paper; with a
     `width` all of its C x F features through a linear layer, D = width, LayerNorm and dropout. T stays."""
 
     def __init__(self, c, f, width=None, dropout=0.3):
         super().__init__()
-        self.project = None
-        if width:
-            self.project = nn.Sequential(nn.Linear(c * f, width), nn.LayerNorm(width), nn.Dropout(dropout))
+        layers = (nn.Linear(c * f, width), nn.LayerNorm(width), nn.Dropout(dropout)) if width else ()
+        self.project = nn.Sequential(*layers)
 
     def forward(self, x):
-        if self.project is None:
-            return x.mean(dim=2).transpose(1, 2)  # (N, C, F, T) -> (N, C, T) -> (N, T, C)
-        return self.project(x.flatten(1, 2).transpose(1, 2))  # (N, C, F, T) -> (N, C F, T) -> (N, T, C F) -> (N, T, D)
+        x = x.flatten(1, 2) if len(self.project) else x.mean(dim=2)  # (N, C, F, T) -> (N, C F, T) or (N, C, T)
+        return self.project(x.transpose(1, 2))  # (N, T, C F) -> (N, T, D), or (N, T, C) as it is
 
 
 class Network(nn.Module):
@@ -455,7 +388,7 @@ class Network(nn.Module):
     and there are alphas), with one the derived network (every edge is the operation that was found, no alphas).
 
     classes      number of emotions
-    features     F of the maps
+    bands        F of the maps
     channels     channels of the first CNN cell; each of the (at most two) reduction cells doubles them
     cnn_cells    at least 1; reduction cells stand at 1/3 and 2/3 of the depth
     seq_cells    0 gives the CNN-only search of 2023
@@ -465,20 +398,19 @@ class Network(nn.Module):
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     relaxation   "softmax" or "sample", see `relaxed`; of the supernet
     dropout      after each cell; `Frames` has its own
-    recompute    cells keep their states only, see `Cell.leave`
+    recompute    edges are computed again on the way back, see `RecomputedOp`
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
     fixed        a Genotype of the cells that the search leaves as they are; of the supernet
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
-    that these sizes need. Attributes: `drop_path`, the share of edges dropped in training (0 at first); `draws`, the
-    torch.Generator of sampled operations (None: torch's own).
+    that these sizes need. Its attribute `drop_path` is the share of edges dropped in training (0 at first).
     """
 
-    def __init__(self, *, classes=4, features=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
+    def __init__(self, *, classes=4, bands=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
                  seq_width=None, seq_space="all", relaxation="softmax", dropout=0.3, recompute=False, amp=False,
                  fixed=None, genotype=None):
         super().__init__()
-        for name, size, least in (("classes", classes, 1), ("features", features, 1), ("channels", channels, 1),
+        for name, size, least in (("classes", classes, 1), ("bands", bands, 1), ("channels", channels, 1),
                                   ("cnn_cells", cnn_cells, 1), ("seq_cells", seq_cells, 0), ("nodes", nodes, 1),
                                   ("stem_stride", stem_stride, 1), ("seq_width", seq_width or 1, 1)):
             if size < least:
@@ -486,13 +418,13 @@ class Network(nn.Module):
         for name, value, known in (("seq_space", seq_space, SEQ_SPACES), ("relaxation", relaxation, RELAXATIONS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-        self.relaxation, self.draws, self.amp, self.nodes, self.drop_path = relaxation, None, amp, nodes, 0.0
+        self.relaxation, self.amp, self.nodes, self.drop_path, self.decision = relaxation, amp, nodes, 0.0, {}
         self.dropout = nn.Dropout(dropout)
         reductions = {cnn_cells // 3, 2 * cnn_cells // 3}
         kinds = ["reduce" if k in reductions else "normal" for k in range(cnn_cells)] + ["seq"] * seq_cells
         wiring = self.wire(kinds, genotype, fixed or Genotype(), seq_space)
-        affine = genotype is not None
-        c, f = channels, -(-features // stem_stride)
+        affine, edge = genotype is not None, RecomputedOp if recompute else MixedOp
+        c, f = channels, -(-bands // stem_stride)
         before = [(3 * c, f), (3 * c, f)]  # channels and F of the two outputs before
         self.stem = nn.Sequential(nn.Conv2d(1, 3 * c, 3, stem_stride, padding=1, bias=False), nn.BatchNorm2d(3 * c))
         self.cnn = nn.ModuleList()
@@ -500,14 +432,12 @@ class Network(nn.Module):
             if kind == "reduce":
                 c, f = 2 * c, -(-f // 2)
             halve_s0 = k > 0 and kinds[k - 1] == "reduce"
-            self.cnn.append(CNNCell(kind, wiring[kind], before[0][0], before[1][0], c, halve_s0, affine))
+            self.cnn.append(CNNCell(kind, wiring[kind], before[0][0], before[1][0], c, halve_s0, affine, edge))
             before = [before[1], (len(wiring[kind]) * c, f)]
         width = seq_width or before[1][0]
-        heard = before if seq_cells else before[1:]  # a network without SeqNN cells has no use for the older output
-        self.hear = nn.ModuleList(Frames(*size, seq_width) for size in heard)
-        self.seq = nn.ModuleList(SeqCell(wiring["seq"], width, affine) for _ in range(seq_cells))
-        for cell in (*self.cnn, *self.seq):
-            cell.recompute = recompute
+        read = before if seq_cells else before[1:]  # a network without SeqNN cells has no use for the older output
+        self.bridge = nn.ModuleList(Frames(*size, seq_width) for size in read)
+        self.seq = nn.ModuleList(SeqCell(wiring["seq"], width, affine, edge) for _ in range(seq_cells))
         self.head = nn.Linear(width, classes)
 
     def wire(self, kinds, genotype, fixed, seq_space):
@@ -536,12 +466,13 @@ class Network(nn.Module):
 
     def forward(self, x):
         """(N, 1, F, T) -> logits (N, classes)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.classify(*self.frames(x))
-        return logits.float() if self.amp else logits
+        if not self.amp:
+            return self.classify(*self.frames(x))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.classify(*self.frames(x)).float()
 
     def relaxed(self, kind):
-        """The choice on each edge, made continuous: -> (weights, drawn), each a list over the edges, see `MixedOp`.
+        """The choice on each edge, made continuous: -> (weights, drawn), for each edge what `MixedOp` takes.
 
         softmax  softmax(alpha), and all operations are computed [D eq. 2]
         sample   in training: one operation is drawn from the softmax and computed alone [G eq. 3, straight-through
@@ -550,13 +481,15 @@ class Network(nn.Module):
         """
         if kind not in self.alpha:
             return None, None
+        if kind in self.decision:
+            return list(self.decision[kind]), self.decision[kind].argmax(dim=-1).tolist()
         alpha = self.alpha[kind]
         if self.relaxation == "softmax" or not self.training:
             return list(alpha.softmax(dim=-1)), None
-        gumbel = -torch.empty(alpha.shape).exponential_(generator=self.draws).log()  # drawn on the CPU for any device
+        gumbel = -torch.empty(alpha.shape, device="cpu").exponential_().log()  # drawn on the CPU for any device
         p = (alpha + gumbel.to(alpha)).softmax(dim=-1)
-        weight = (F.one_hot(p.argmax(dim=-1), p.shape[1]) - p).detach() + p
-        return list(weight), p.argmax(dim=-1).tolist()
+        drawn = p.argmax(dim=-1)
+        return list(F.one_hot(drawn, p.shape[-1]) - p.detach() + p), drawn.tolist()
 
     def through(self, cells, s0, s1):
         """(output of the cell before last, output of the last cell) before these cells -> the same behind them."""
@@ -569,8 +502,8 @@ class Network(nn.Module):
         """The CNN half: (N, 1, F, T) -> its last two outputs as sequences in time, each (N, T', D)."""
         x = self.stem(x)  # (N, 3 channels, F, T)
         s0, s1 = self.through(self.cnn, x, x)
-        s1 = self.hear[-1](s1)
-        s0 = self.hear[0](s0) if len(self.seq) else s1
+        s1 = self.bridge[-1](s1)
+        s0 = self.bridge[0](s0) if len(self.seq) else s1
         if s0.shape != s1.shape:  # the older output may be longer, or at depths other than 4 narrower
             s0 = F.adaptive_avg_pool2d(s0, s1.shape[1:])
         return s0, s1
@@ -581,52 +514,54 @@ class Network(nn.Module):
         return self.head(s1.mean(dim=1))  # (N, T, D) -> (N, D) -> (N, classes)
 
 
-@contextmanager
-def decided(net, genotype):
-    """Inside, a supernet computes with its own weights what the derived network would: the alphas say the genotype."""
-    searched = [p.detach().clone() for p in net.alphas()]
-    try:
-        for kind, names in net.candidates.items():
-            edges = {(i, j): op for i, node in enumerate(genotype.cells()[kind], start=2) for op, j in node}
-            chosen = [names.index(edges.get((i, j), "none")) for i in range(2, net.nodes + 2) for j in range(i)]
-            one_hot = F.one_hot(torch.tensor(chosen), len(names)).to(net.alpha[kind])
-            set_to([net.alpha[kind]], [one_hot.log()])  # log 1 and log 0: 0 and -inf
-        yield
-    finally:
-        set_to(net.alphas(), searched)
-
-
 def derive(net):
-    """Supernet -> Genotype [D section 2.4]. The strength of an edge is its largest softmax weight over the operations
-    other than `none`; each node keeps its two strongest edges, each with its strongest operation.
+    """Supernet -> Genotype [D section 2.4], by softmax weights: a raw alpha says nothing about its share among the
+    others on its edge. Raises ValueError for alphas that are not finite."""
+    return strongest(net, {kind: alpha.detach().softmax(dim=-1) for kind, alpha in net.alpha.items()})
 
-    Softmax weights, not raw alphas: a raw alpha says nothing about its share among the others on its edge.
-    """
+
+def random_genotype(net):
+    """The strongest of random weights: what a search has to beat. Uniform over a supernet's space."""
+    return strongest(net, {kind: torch.rand(alpha.shape, device="cpu") for kind, alpha in net.alpha.items()})
+
+
+def strongest(net, weights):
+    """The strength of an edge is its largest weight over the operations other than `none`; each node keeps its two
+    strongest edges, each with its strongest operation. `weights`: kind -> (edges, operations). -> Genotype"""
     cells = dict(net.fixed)
     for kind, names in net.candidates.items():
-        weight = net.alpha[kind].detach().softmax(dim=-1).cpu()
-        weight[:, names.index("none")] = -1  # never the strongest
-        strength, strongest = weight.max(dim=-1)
+        if weights[kind].isnan().any():
+            raise ValueError(f"the alphas of the {kind} cell are not finite: no edge is the strongest")
+        kept = [k for k, name in enumerate(names) if name != "none"]
+        strength, operation = weights[kind].cpu()[:, kept].max(dim=-1)
         nodes, row = [], 0
         for i in range(2, net.nodes + 2):  # node i: rows of its edges from 0 to i - 1
-            kept = strength[row : row + i].topk(2).indices.sort().values.tolist()
-            nodes.append([(names[strongest[row + j]], j) for j in kept])
+            pair = strength[row : row + i].topk(2).indices.sort().values.tolist()
+            nodes.append([(names[kept[operation[row + j]]], j) for j in pair])
             row += i
         cells[kind] = nodes
     return Genotype(**cells)
 
 
-def random_genotype(net):
-    """Uniformly drawn from a supernet's space: what a search has to beat. Two edges a node, as `derive` keeps them."""
-    cells = dict(net.fixed)
+@contextmanager
+def decided(net, genotype):
+    """Inside, a supernet computes with its own weights what the derived network would. Raises ValueError for a genotype
+    that is not in its space."""
+    before, decision = net.decision, {}  # like the softmax weights, 1 for an operation that the genotype has
     for kind, names in net.candidates.items():
-        names = [name for name in names if name != "none"]
-        nodes = []
-        for i in range(2, net.nodes + 2):
-            pair = torch.randperm(i)[:2].sort().values.tolist()
-            nodes.append([(names[torch.randint(len(names), ())], j) for j in pair])
-        cells[kind] = nodes
-    return Genotype(**cells)
+        cell = genotype.cells().get(kind, ())
+        chosen = {(i, j): op for i, node in enumerate(cell, start=2) for op, j in node}
+        edges = [(i, j) for i in range(2, net.nodes + 2) for j in range(i)]
+        if len(cell) != net.nodes or not set(chosen.values()) <= set(names):
+            raise ValueError(f"the supernet's {kind} cell has {net.nodes} nodes and the operations {', '.join(names)}; "
+                             f"the genotype's is {cell}")
+        one_hot = torch.tensor([[chosen.get(edge) == name for name in names] for edge in edges])
+        decision[kind] = one_hot.to(net.alpha[kind])
+    net.decision = decision
+    try:
+        yield
+    finally:
+        net.decision = before
 
 
 def expected_parameters(net):
@@ -640,8 +575,11 @@ def expected_parameters(net):
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The architect: how the alphas move.
+def entropy(net):
+    """Mean entropy of the edges' softmax weights as a share of the largest possible: 1 undecided, 0 decided."""
+    weights = [alpha.detach().softmax(dim=-1) for alpha in net.alphas()]
+    shares = [torch.special.entr(p).sum(dim=-1) / math.log(p.shape[-1]) for p in weights]  # entr: 0 where p is 0
+    return torch.cat(shares).mean().item()
 
 
 class Architect:
@@ -653,57 +591,60 @@ class Architect:
 
     order=1 sets xi = 0: one pass over the validation batch, and neither a copy nor a gradient of the weights.
     order=2 takes four passes; while it lasts it holds one copy of the weights and one gradient.
-
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
-    after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val.
-    `reduce(loss, gradients)` -> both, summed over processes that share each batch: `loss` then returns the summand of
-    this process, and all processes move the alphas by the same bits.
-    """
+    after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val. What does not
+    require a gradient, weight or alpha, is a constant."""
 
-    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None,
-                 reduce=None):
+    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")
         if order == 2 and net.relaxation == "sample":
             raise ValueError("order 2 goes with relaxation softmax: each of its passes would draw another network")
-        self.net, self.loss, self.order, self.penalty, self.reduce = net, loss, order, penalty, reduce
-        self.weights = net.weights()
+        if not net.alphas():
+            raise ValueError("the network has no alphas: expected a supernet that has cells to search")
+        self.net, self.loss, self.order, self.penalty = net, loss, order, penalty
+        self.weights, self.without_statistics = net.weights(), without_statistics(net)
         self.optimizer = torch.optim.Adam(net.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
 
-    def step(self, val, train=None, xi=0.0):
-        """Moves the alphas once; returns L_val (of w, or of w' when order=2), a float.
-
-        `val` comes from the half of the training data that is kept for the alphas. Order 2 also needs `train`, the
-        batch of the coming weight step, and `xi`, that step's learning rate.
-        """
-        loss, gradient = self.first_order(val) if self.order == 1 else self.second_order(val, train, xi)
-        for alpha, g in zip(self.net.alphas(), gradient):
+    def step(self, val, train=None, xi=None):
+        """Moves the alphas once; returns L_val (of w, or of w' when order=2), a float. `val` comes from the half of the
+        training data that is kept for the alphas. Order 2 also needs `train`, the batch of the coming weight step, and
+        `xi`, that step's learning rate. Raises ValueError for a loss or gradient that is not finite, before anything
+        has moved."""
+        if self.order == 2 and (train is None or xi is None):
+            raise ValueError("order 2 needs `train`, the batch of the coming weight step, and `xi`, its learning rate")
+        loss, gradients = self.first_order(val) if self.order == 1 else self.second_order(val, train, xi)
+        alphas = free(self.net.alphas())
+        if self.penalty and alphas:
+            more = torch.autograd.grad(self.penalty(), alphas, materialize_grads=True)
+            gradients = [g + m for g, m in zip(gradients, more)]
+        if not torch.cat([loss.reshape(1), *(g.flatten() for g in gradients)]).isfinite().all():
+            raise ValueError(f"the loss of the alphas, {loss.item():.3g}, or its gradient is not finite")
+        self.optimizer.zero_grad()  # of the caller's weight step
+        for alpha, g in zip(alphas, gradients):
             alpha.grad = g
-        if self.penalty:
-            self.penalty().backward(inputs=self.net.alphas())
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss.item()
 
     def first_order(self, val):
         """dL_val(w, alpha)/dalpha, w held fixed. -> L_val, a gradient for each alpha."""
-        with without_statistics(self.net), held_fixed(self.weights):
-            return self.gradient(val, self.net.alphas())
+        with self.without_statistics, held_fixed(self.weights):
+            return self.gradient(val, free(self.net.alphas()))
 
     def second_order(self, val, train, xi):
         """[D eq. 7], with the finite difference of [D eq. 8]. -> L_val(w'), a gradient for each alpha."""
-        w, alphas = self.weights, self.net.alphas()
+        w, alphas = free(self.weights), free(self.net.alphas())
         w_before = [p.detach().clone() for p in w]
         # The three passes over the training batch must be the same function of (w, alpha): with fresh dropout masks
         # the difference of the last two would be that of the masks, blown up by 1 / (2 eps).
         masks = int(torch.randint(2**62, ()))
-        with without_statistics(self.net):
+        with self.without_statistics:
             try:
                 set_to(w, w_before, self.gradient(train, w, masks)[1], -xi)  # w'
                 loss, both = self.gradient(val, alphas + w)
                 d_alpha, d_w = both[: len(alphas)], both[len(alphas) :]
-                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in d_w])).item()
-                eps = 0.01 / max(norm, 1e-12)  # a gradient of zeros has no second-order term
+                eps = 0.01 / max(torch.nn.utils.get_total_norm(d_w).item(), 1e-12)  # zeros have no second-order term
                 set_to(w, w_before, d_w, eps)  # w+
                 _, plus = self.gradient(train, alphas, masks)
                 set_to(w, w_before, d_w, -eps)  # w-
@@ -719,13 +660,19 @@ class Architect:
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for what a drawn `none` cuts off
-        return self.reduce(loss.detach(), gradients) if self.reduce else (loss.detach(), gradients)
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else ()
+        return loss.detach(), found  # zeros for what a drawn `none` cuts off
+
+
+def free(parameters):
+    """Those that the caller has not made constants."""
+    return [p for p in parameters if p.requires_grad]
 
 
 @contextmanager
 def held_fixed(parameters):
     """Inside, these are constants: autograd computes no gradient of theirs, and keeps nothing on their behalf."""
+    parameters = free(parameters)
     for p in parameters:
         p.requires_grad_(False)
     try:

@@ -11,6 +11,8 @@ A corpus' folder -> utterances -> folds: `read_corpus`, `folds`. A wav file -> w
 
 import argparse
 import csv
+import errno
+import filecmp
 import functools
 import hashlib
 import io
@@ -20,10 +22,11 @@ import math
 import os
 import random
 import re
+import struct
 import sys
 import time
 import warnings
-import weakref
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,13 +38,9 @@ import scipy.signal
 import torch
 import torchaudio
 from scipy.io import wavfile
-from torch.utils.data import DataLoader
 
-held = weakref.WeakSet()  # files of this process' locks; a forked child's copies would hold them for a dead parent
 try:
     import fcntl
-
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in held])
 except ImportError:  # Windows has no such locks
     fcntl = None
 
@@ -50,8 +49,6 @@ UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apa
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
 STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
-RECORD = np.dtype([("windows", "<u4"), ("seconds", "<f8")])  # of a recording; one that cannot be used has no window
-POOLED = 2000  # recordings, from which on worker processes are worth the seconds that their start takes
 
 
 class InputError(Exception):
@@ -63,20 +60,46 @@ def listed(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def open_output():
+    """From here on the standard output says what it cannot say in other words, and is there even if it was closed."""
+    if sys.stdout is None or sys.stdout.closed:
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def lock(path, wait=True):
     """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine` is False if another
     process holds the lock and is not waited for; True where the system has no locks. A dead process' lock is free."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        held.add(file)
         mine = True
-        if fcntl:
-            try:
+        try:
+            if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL):
+                raise
+            warn_once(f"{path} cannot be locked on this file system; start no second process in this folder")
         yield mine
+
+
+@functools.cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def write(file, content):
+    """Writes a text, or what the function `content` writes: all of it or, when the process dies, nothing."""
+    part = file.with_name(file.name + ".part")
+    with open(part, "wb") as out:
+        content(out) if callable(content) else out.write(content.encode(errors="surrogateescape"))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, file)
 
 
 # A corpus' folder -> utterances --------------------------------------------------------------------------------------
@@ -91,44 +114,57 @@ class Utterance:
 
 
 def below(root, name, depth=4, folders=False):
-    """Files (or folders) named as the regular expression says, each name once, sorted, from at most `depth` folders
-    down. Hidden ones (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
-    found = {}
+    """Files (or folders) named as the regular expression says, sorted, from at most `depth` folders down. Hidden ones
+    (AppleDouble `._x.wav`, `.DS_Store`) are passed over."""
+    found = []
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = sorted(f for f in inner if not f.startswith("."))
         for file in inner if folders else sorted(files):
             if not file.startswith(".") and re.fullmatch(name, file, re.IGNORECASE):
-                found.setdefault(file.lower(), Path(folder, file))
+                found.append(Path(folder, file))
         if len(Path(folder).relative_to(root).parts) >= depth:
             inner.clear()
-    return [found[file] for file in sorted(found)]
+    return sorted(found, key=lambda path: (path.name.lower(), path))
 
 
-def lines(path):
-    """Lines of a text file, with either line ending, in UTF-8 or else in latin-1."""
+def once(paths):
+    """One file of each name: of corpora whose names tell recordings apart, and of which copies hold some twice."""
+    return list({path.name.lower(): path for path in reversed(paths)}.values())[::-1]
+
+
+def text_of(path):
+    """A text file in UTF-8, in UTF-16 with a mark at its begin, or else in latin-1; lines end with a newline."""
+    content = path.read_bytes()
     try:
-        return path.read_text("utf-8-sig").split("\n")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        return path.read_text("latin-1").split("\n")
+        text = content.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, columns in lower case, all stripped. `columns` must be there. `form`: of csv.reader"""
-    reader = csv.DictReader(lines(path), restval="", **form)
+    """Rows of a table as dicts, columns in lower case, all stripped, with the number of its (last) line as `line`;
+    empty rows are passed over. `columns` must be there. `form`: of csv.reader"""
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""), restkey="too many", restval=None, **form)
+    table = []
     try:
         there = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        table = [{name: value.strip() for name, value in row.items() if name is not None} for row in reader]
+        if not set(columns) <= set(there):
+            raise InputError(f"{path} has the columns {','.join(there)[:200] or '(none)'}; expected {','.join(columns)}")
+        for row in reader:
+            if any(value and (value if name == "too many" else value.strip()) for name, value in row.items()):
+                fits = "too many" not in row and None not in (row[name] for name in columns)
+                row = {name: (value or "").strip() for name, value in row.items() if name != "too many"}
+                table.append(row | {"line": reader.line_num, "fits": fits})
     except csv.Error as error:
-        raise InputError(f"{path} is not a table ({error})") from None
-    if not set(columns) <= set(there):
-        raise InputError(f"{path} has the columns {','.join(there) or '(none)'}; expected {','.join(columns)}")
+        raise InputError(f"{path}, line {reader.line_num}: not a row of a table ({error})") from None
     return table
 
 
 def index_emodb(root):
     """Files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., Interspeech 2005).
     Speaker 03, text a01, emotion W (Wut, anger), version a. A is Angst: fear, not anger."""
-    for path in below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav"):
+    for path in once(below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav")):
         yield Utterance(path, path.name[5].upper(), path.name[:2], group=path.name[:2])
 
 
@@ -143,7 +179,7 @@ def index_nemo(root):
 def index_ravdess(root):
     """Files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo.org/records/1188976).
     Audio only, speech, emotion 05, intensity, statement, repetition, actor 18. Groups of four actors."""
-    for path in below(root, r"03-01(-\d\d){5}\.wav"):
+    for path in once(below(root, r"03-01(-\d\d){5}\.wav")):
         emotion, actor = path.name[6:8], path.name[18:20]
         first = (int(actor) - 1) // 4 * 4 + 1
         yield Utterance(path, emotion, actor, group=f"{first:02}-{first + 3:02}")
@@ -152,7 +188,7 @@ def index_ravdess(root):
 def index_crema_d(root):
     """Files named like 1001_DFA_ANG_XX.wav (free: github.com/CheyneyComputerScience/CREMA-D).
     Actor, sentence, emotion, level. Groups of 18 of the 91 actors; the last one has 19."""
-    for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav"):
+    for path in once(below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav")):
         actor, _, emotion, _ = path.stem.lower().split("_", 3)
         first = 1001 + 18 * min((int(actor) - 1001) // 18, 4)
         yield Utterance(path, emotion, actor, group=f"{first}-{1091 if first == 1073 else first + 17}")
@@ -166,7 +202,7 @@ def index_iemocap(root):
     for session in below(root, r"Session[1-5]", depth=2, folders=True):
         wavs = {path.stem: path for path in below(session / "sentences" / "wav", turn + r"\.wav", depth=2)}
         for path in below(session / "dialog" / "EmoEvaluation", r"Ses.*\.txt", depth=0):  # below it: single raters
-            for line in lines(path):
+            for line in text_of(path).split("\n"):
                 fields = [field.strip() for field in line.split("\t")]
                 match = len(fields) > 2 and re.fullmatch(turn, fields[1])
                 if match and line.startswith("["):
@@ -183,7 +219,7 @@ def index_msp_improv(root):
     turn = r"-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d"
     for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
         wavs = {path.stem.upper(): path for path in below(root, f"MSP{turn}\\.wav", depth=9)}
-        for line in lines(text):
+        for line in text_of(text).split("\n"):
             fields = [field.strip().upper() for field in line.split(";")]
             match = re.fullmatch(f"UTD{turn}\\.AVI", fields[0])
             if match and len(fields) > 1:
@@ -211,19 +247,31 @@ def index_csv(file):
     """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
     if not file.is_file():
         raise InputError(f"no file {file}; --root FILE names one with the columns path,label,speaker and perhaps split")
-    table = rows(file, "path", "label", "speaker")
+    text = text_of(file)
+    if "\0" in text:
+        raise InputError(f"{file}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; save it as UTF-8")
+    comma = max(",;\t", key=text.partition("\n")[0].count)  # Excel's comma depends on the country
+    table = rows(file, "path", "label", "speaker", delimiter=comma, strict=True)
     if not table:
         raise InputError(f"{file} has a header and no row; expected one for each recording")
-    official = any(row.get("split") for row in table)
+    official, seen, missing = any(row.get("split") for row in table), {}, []
     for row in table:
-        split = row["split"].lower() if official else None
+        path, split = file.parent / row["path"], row["split"].lower() if official else None
+        where = f"{file}, line {row['line']}"
         empty = [column for column in ("path", "label", "speaker") if not row[column]]
+        if not row["fits"]:
+            raise InputError(f"{where}: too many or too few fields; put what holds a {comma!r} into quotes")
         if empty:
-            raise InputError(f"{file}: the row of {row['path'] or 'a file'} has no {empty[0]}; every row needs one")
+            raise InputError(f"{where}: the row of {row['path'] or 'a file'} has no {empty[0]}; every row needs one")
         if official and split not in ("train", "validation", "test"):
-            raise InputError(f"{file}: unknown split {split!r} of {row['path']}; known: train, validation, test")
-        yield Utterance(file.parent / row["path"], row["label"], row["speaker"], split=split)
-    missing = [row["path"] for row in table if not os.path.isfile(file.parent / row["path"])]
+            raise InputError(f"{where}: unknown split {split!r} of {row['path']}; known: train, validation, test")
+        if not os.path.isfile(path) and "\\" in row["path"]:  # of a Windows
+            path = file.parent / row["path"].replace("\\", "/")
+        missing += [row["path"]] * (not os.path.isfile(path))
+        first = seen.setdefault(os.path.realpath(path), row)
+        if first is not row:
+            raise InputError(f"{where}: {row['path']} is also in line {first['line']}, as {first['path']}; keep one row")
+        yield Utterance(path, row["label"], row["speaker"], split=split)
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not in {file.parent}: {listed(missing)}")
 
@@ -312,6 +360,34 @@ class Listing:
         """Path relative to the root, where it is below it."""
         path = utterance.path
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+    @functools.cached_property
+    def prints(self):
+        """A fingerprint of each file: its size, and a check sum of a few kB in its middle. (All of its bytes would take
+        minutes at each start of a large corpus; sizes alone would not notice other recordings of the same length.)"""
+        return [fingerprint(u.path) for u in self.utterances]
+
+    @functools.cached_property
+    def digest(self):
+        """Of names, labels, speakers, folds and contents: the same wherever the corpus lies."""
+        about = [[self.name(u), u.label, u.speaker, u.group, u.split, *p] for u, p in zip(self.utterances, self.prints)]
+        return hashlib.sha256(json.dumps([self.classes, about]).encode()).hexdigest()[:16]
+
+    def speaker(self, i):
+        """Of an utterance; None of one whose speaker MSP-Podcast does not tell apart."""
+        name = self.utterances[i].speaker
+        return None if self.dataset == "msp-podcast" and name == UNKNOWN else name
+
+
+def fingerprint(path):
+    """(size, check sum of 4 kB in the middle); (0, 0) of a file that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(size // 2)
+            return size, zlib.crc32(file.read(4096))
+    except OSError:
+        return 0, 0
 
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=False):
@@ -408,11 +484,12 @@ class Fold:
         return [("train", self.train), ("validation", self.validation), *tests]
 
 
-def folds(listing, without=()):
+def folds(listing, without=(), chosen=None):
     """-> [Fold], one for each group: it tests, the next one validates, all others train. Of a corpus with an official
-    split one with all its test sets. `without`: utterances to leave out. InputError where a fold cannot be made."""
+    split one with all its test sets. InputError where they cannot be made. `without`: utterances to leave out; they
+    change no fold's number. A fold that they leave without a side is an InputError if it is `chosen` (None: all are)."""
     corpus, paper = CORPORA[listing.dataset], listing.protocol == "paper"
-    part = {i: u.split or u.group for i, u in enumerate(listing.utterances) if i not in without}
+    part = {i: u.split or u.group for i, u in enumerate(listing.utterances)}
     names = sorted(set(part.values()))
     plan = [(validation, [test]) for test, validation in zip(names, names[1:] + names[:1])]
     if any(u.split for u in listing.utterances):
@@ -421,32 +498,68 @@ def folds(listing, without=()):
         plan = [(validation, tests) for validation, tests in plan if tests[0] in corpus.paper]
     if len(names) < 3 or not plan:
         raise InputError(f"found {len(names)} part(s): {listed(names)}; a fold needs three: to train, validate, test")
-    at_most = paper and corpus.at_most or len(part)
-    made = []
+    at_most, made = paper and corpus.at_most or len(part), []
     for k, (validation, tests) in enumerate(plan):
         train = [i for i in part if part[i] != validation and part[i] not in tests]
         sides = [train, *([i for i in part if part[i] == name] for name in (validation, *tests))]
         for s, side in enumerate(sides):
             sides[s] = sorted(random.Random(f"fold {k}, side {s}").sample(side, min(at_most, len(side))))
-        made.append(Fold(sides[0], sides[1], dict(zip(tests, sides[2:])), ", ".join(tests)))
-        check_fold(listing.utterances, made[k], k)
+        check_fold(listing, Fold(sides[0], sides[1], dict(zip(tests, sides[2:])), ", ".join(tests)), k)
+        train, validation, *rest = ([i for i in side if i not in without] for side in sides)
+        made.append(Fold(train, validation, dict(zip(tests, rest)), ", ".join(tests)))
+        if chosen is None or k in chosen:
+            check_sides(listing, made[k], k)
     return made
 
 
-def check_fold(utterances, fold, k=0):
-    """Raises InputError where a side is empty or a known speaker is on two sides."""
-    side_of = {}
+def check_fold(listing, fold, k):
+    """Raises InputError where a known speaker or the same recording is on two sides."""
+    side_of, found = {}, {}
     for side, members in fold.sides():
-        if not members:
-            raise InputError(f"fold {k} has no {side} utterance; every fold needs all of train, validation and test")
-        for speaker in sorted({utterances[i].speaker for i in members} - {UNKNOWN}):
-            other = side_of.setdefault(speaker, side)
-            if other != side and other in ("train", "validation"):
-                raise InputError(f"fold {k}: speaker {speaker} is in {other} and in {side}; expected on one side only")
+        for i in members:
+            who = listing.speaker(i)
+            other = who is not None and side_of.setdefault(who, side)
+            if other and other != side and not {other, side} <= set(fold.tests):
+                raise InputError(f"fold {k}: speaker {who} is in {other} and in {side}; expected on one side only")
+            for j, there in found.setdefault(listing.prints[i], []) if listing.prints[i][0] else ():
+                if there != side and not {there, side} <= set(fold.tests) and same_file(listing, i, listing, j):
+                    names = [listing.name(listing.utterances[n]) for n in (j, i)]
+                    raise InputError(f"fold {k}: {names[0]}, in {there}, and {names[1]}, in {side}, are the same "
+                                     "recording; keep one of them")
+            found.setdefault(listing.prints[i], []).append((i, side))
+
+
+def same_file(listing, i, other, j):
+    """Only asked of files with one fingerprint."""
+    paths = listing.utterances[i].path, other.utterances[j].path
+    return os.path.samefile(*paths) or filecmp.cmp(*paths, shallow=False)
+
+
+def check_sides(listing, fold, k):
+    """Raises InputError where a side is empty, or a class has nothing to be trained on."""
+    missing = set(listing.classes) - {listing.utterances[i].label for i in fold.train}
+    lacks = [f"no {side} utterance" for side, members in fold.sides() if not members]
+    lacks += [f"no training utterance of class {name}" for name in sorted(missing)]
+    if lacks:
+        raise InputError(f"fold {k} has {lacks[0]} that can be used; repair the recordings, or leave this fold out "
+                         "with --folds")
+
+
+def check_apart(listing, members, other):
+    """Raises InputError where a recording of the Listing `other`, a second test corpus, is among these members."""
+    trained = {}
+    for i in members:
+        trained.setdefault(listing.prints[i], []).append(i)
+    for j, p in enumerate(other.prints):
+        for i in trained.get(p, []) if p[0] else ():
+            if same_file(listing, i, other, j):
+                raise InputError(f"{other.name(other.utterances[j])} of {other.dataset}, which is to be tested on, is "
+                                 f"{listing.name(listing.utterances[i])} of {listing.dataset}, which is trained on")
 
 
 def describe_folds(listing, parts):
-    for k, fold in enumerate(parts):
+    """`parts`: number -> Fold"""
+    for k, fold in parts.items():
         train, validation, *tests = fold.sides()
         said = []
         for side, members in (*tests, validation):
@@ -461,16 +574,15 @@ class Settings:
     """Everything that the values of the features depend on, beside the recordings."""
     coefficients: int = 128  # MFCCs, of 128 mel bands; of log-mel the bands themselves
     window: float = 8.0  # seconds
-    padding: str = "repeat"  # of utterances shorter than a window: "repeat" the utterance, or "zero"
     kind: str = "mfcc"  # or "log-mel": the logarithmic mel spectrum, of which MFCCs are the cosine transform
 
     def __post_init__(self):
-        if self.kind not in ("mfcc", "log-mel") or self.padding not in ("repeat", "zero"):
-            raise InputError(f"found {self.kind!r}, padding {self.padding!r}; expected mfcc or log-mel, repeat or zero")
+        if self.kind not in ("mfcc", "log-mel"):
+            raise InputError(f"found features {self.kind!r}; expected mfcc or log-mel")
         if not 1 <= self.coefficients <= 128:  # with more, the lowest mel bands lie between two points of the spectrum
             raise InputError(f"found {self.coefficients} coefficients; expected 1 to 128, the number of mel bands")
-        if not self.window >= FRAME or self.window / FRAME % 1:
-            raise InputError(f"found a window of {self.window} s; expected a multiple of {FRAME} s")
+        if not FRAME <= self.window <= 600 or self.window / FRAME % 1:
+            raise InputError(f"found a window of {self.window} s; expected a multiple of {FRAME} s, at most 600 s")
 
     @classmethod
     def named(cls, name, **more):
@@ -489,23 +601,77 @@ class Settings:
         return self.coefficients, round(self.window / FRAME)  # (F, T) of a window
 
 
+def wav_chunks(file, path):
+    """An open wav file -> (content of its format chunk, where its samples begin, how many bytes they have). The RIFF
+    header's size is not believed, and that of the samples only as far as it can be true."""
+    end, at, form = file.seek(0, os.SEEK_END), 12, None
+    file.seek(0)
+    head = file.read(12)
+    if head.startswith(b"version http"):
+        raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
+    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+        raise InputError(f"{path}: not a wav file; expected it to begin with RIFF and WAVE")
+    while at + 8 <= end:
+        file.seek(at)
+        name, size = struct.unpack("<4sI", file.read(8))
+        if name == b"fmt ":
+            form = file.read(min(size, 64))
+        if name == b"data":
+            if form is None:
+                raise InputError(f"{path}: has no format chunk before its samples")
+            left = end - at - 8
+            if size >= 0x7FFF0000 or (size == 0 and not chunks_follow(file, at + 8, end)):
+                size = left  # what wrote it could not go back, or broke off: to the end of the file
+            if size > left:
+                raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
+            return form, at + 8, size
+        at += 8 + size
+        if size % 2:  # a byte of padding follows, which some leave out
+            file.seek(at)
+            at += file.read(1) == b"\0"
+    raise InputError(f"{path}: has no {'samples' if form else 'format chunk'}; expected the chunks fmt and data")
+
+
+def chunks_follow(file, at, end):
+    """Whether well-formed chunks fill a file from here to its end."""
+    while at + 8 <= end:
+        file.seek(at)
+        name, size = struct.unpack("<4sI", file.read(8))
+        if not name.isascii() or not name.decode().isprintable():
+            return False
+        at += 8 + size + size % 2
+    return at in (end, end + 1)
+
+
+def wav_format(form, path):
+    """Content of a format chunk -> (samples/s, bytes of a frame)."""
+    if len(form) < 16:
+        raise InputError(f"{path}: its format chunk has {len(form)} bytes, expected at least 16")
+    _, channels, rate, _, block, _ = struct.unpack("<HHIIHH", form[:16])
+    if not channels or not block or not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path}: says {channels} channels, {block} bytes a frame, {rate} Hz; expected some, at 1,000 to "
+                         "1,000,000 Hz")
+    return rate, block
+
+
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. Raises InputError, with the reason, for what is not such a file."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise InputError(f"{path}: no such file")
-    content = Path(path).read_bytes()  # scipy would take memory for as many samples as a file announces
-    if content.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
+    with open(path, "rb") as file:
+        form, at, size = wav_chunks(file, path)
+        rate, block = wav_format(form, path)
+        file.seek(at)
+        data = file.read(size // block * block)
+    if not data:
+        raise InputError(f"{path}: holds no samples")
+    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            rate, samples = wavfile.read(io.BytesIO(content))
-    except Exception as error:  # scipy raises what comes, from struct.error to UnboundLocalError
-        raise InputError(f"{path}: not a readable wav file ({error})") from None
-    if any("EOF" in str(warning.message) for warning in said):
-        raise InputError(f"{path}: truncated; copy it again from the corpus")
-    if samples.size == 0 or not 1000 <= rate <= 1_000_000:
-        raise InputError(f"{path}: holds {samples.size} samples at {rate} Hz; expected some, at 1,000 to 1,000,000 Hz")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rate, samples = wavfile.read(io.BytesIO(b"RIFF" + struct.pack("<I", len(chunks)) + chunks))
+    except Exception as error:  # scipy raises what comes
+        raise InputError(f"{path}: cannot be decoded ({error}); expected PCM or float samples") from None
     if samples.dtype.kind == "u":
         samples = (samples.astype(np.float32) - 128) / 128
     elif samples.dtype.kind == "i":  # scipy gives 24 bits as the upper ones of 32
@@ -523,40 +689,39 @@ def lengths(listing, window):
     """Windows of `window` s and seconds of each utterance, (utterances,) each, from the wav files' headers alone."""
     seconds = np.zeros(len(listing.utterances))
     for i, u in enumerate(listing.utterances):
-        if os.path.isfile(u.path):
+        try:
             with open(u.path, "rb") as file:
-                found = re.search(rb"fmt .{12}(.{4}).*?data(.{4})", file.read(4096), re.DOTALL)  # bytes/s, bytes
-            if found and any(found[1]):
-                rate, size = (int.from_bytes(part, "little") for part in found.groups())
-                seconds[i] = min(size, u.path.stat().st_size - found.end()) / rate
+                form, _, size = wav_chunks(file, u.path)
+            rate, block = wav_format(form, u.path)
+            seconds[i] = size // block / rate
+        except (InputError, OSError):
+            pass  # `load` says what cannot be used
     return np.ceil(seconds / window).clip(min=1).astype(int), seconds
 
 
 def windows(samples, settings):
     """(samples,) -> (W, window). A short utterance is padded; a long one's last window ends with it, and overlaps."""
     size = round(settings.window * RATE)
-    if len(samples) < size and settings.padding == "repeat":
+    if len(samples) < size:
         samples = np.resize(samples, size)  # repeats the samples until they fill the window
-    samples = np.pad(samples, (0, max(0, size - len(samples))))
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
     return np.stack([samples[start : start + size] for start in starts])
 
 
 @functools.cache
 def transform(settings):
-    """-> a function of tensors, (window,) -> (F, T). Values are torchaudio's, in 0.6 of its time (no square root that
-    is squared again). One window at a time: torchaudio clamps a batch at 80 dB below the loudest of its windows."""
-    mel = dict(n_fft=FFT, hop_length=HOP, n_mels=128 if settings.kind == "mfcc" else settings.coefficients)
-    mfcc = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
-    hann, mel_bands = mfcc.MelSpectrogram.spectrogram.window, mfcc.MelSpectrogram.mel_scale.fb
+    """-> a function of tensors, (window,) -> (F, T). One window at a time: torchaudio clamps a batch at 80 dB below the
+    loudest of its windows."""
+    mel = dict(n_fft=FFT, hop_length=HOP)
+    if settings.kind == "mfcc":
+        frames = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel | {"n_mels": 128})
+    else:
+        power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=settings.coefficients, **mel)
+        frames = torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
 
     def map_of(window):
-        spectrum = torch.stft(window, FFT, HOP, window=hann, return_complex=True).T  # (POOL * T + 1, FFT / 2 + 1)
-        power = spectrum.real.square() + spectrum.imag.square()
-        frames = mfcc.amplitude_to_DB(power @ mel_bands)  # (POOL * T + 1, bands)
-        if settings.kind == "mfcc":
-            frames = frames @ mfcc.dct_mat  # (POOL * T + 1, F)
-        return frames[:-1].unflatten(0, (-1, POOL)).amax(dim=1).T  # (F, T); the frame left out is centred on the end
+        x = frames(window)[:, :-1]  # (F, POOL * T), without the frame that is centred on the window's end
+        return x.unflatten(1, (-1, POOL)).amax(dim=2)  # (F, T)
 
     return map_of
 
@@ -576,68 +741,67 @@ class Store:
         return window, np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
 
 
-def load(listing, settings=Settings(), cache="cache", workers=None, skip_bad=False, progress=lambda text: None):
+def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=lambda text: None):
     """-> Store. Computes the features once and finds them later, by the settings and the files' names, sizes and times.
     Recordings that cannot be used are an InputError that names them all or, with `skip_bad`, in Store.bad."""
     paths = [u.path for u in listing.utterances]
     about = [path.stat() if os.access(path, os.R_OK) else None for path in paths]
     files = [(listing.name(u), a and (a.st_size, a.st_mtime_ns)) for u, a in zip(listing.utterances, about)]
-    key = json.dumps([3, torchaudio.__version__, asdict(settings), files])
+    key = json.dumps([4, torchaudio.__version__, asdict(settings), files])
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
+    if not (folder / "index.json").exists():  # a store that is whole may lie where nothing can be written
         with lock(folder / "lock"):  # a second process with the same settings waits, and finds the features
-            journal = compute(folder, paths, settings, workers or cores, progress)
-    except RuntimeError as error:  # a worker was killed, most likely for want of memory
-        raise InputError(f"{str(error).splitlines()[0]}; the same command goes on from here") from None
+            if not (folder / "index.json").exists():
+                compute(folder, paths, settings, progress)
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        count, seconds = np.array(index["windows"], dtype=int), np.array(index["seconds"], dtype=float)
+        shape = (int(count.sum()), *settings.shape)
+        whole = (folder / "features").stat().st_size == math.prod(shape) * STORED.itemsize
+        if not whole or not len(count) == len(seconds) == len(paths) or (count < 0).any():
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it") from None
     bad = {}
-    for i in np.flatnonzero(journal["windows"] == 0).tolist():
+    for i in np.flatnonzero(count == 0).tolist():
         bad[i] = compute_one(paths[i], settings)[2] or f"{paths[i]}: could not be read at first; delete {folder}"
     if bad and not (skip_bad and len(bad) < len(paths)):
         said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without with --skip-bad:"
         raise InputError("\n  ".join([said, *bad.values()]))
-    first = np.cumsum([0, *journal["windows"]])
-    features = np.memmap(folder / "features", STORED, "c", shape=(int(first[-1]), *settings.shape))
-    return Store(features, first, journal["seconds"], bad)
+    if not bad or shape[0]:
+        features = np.memmap(folder / "features", STORED, "c", shape=shape)
+    return Store(features, np.cumsum([0, *count]), seconds, bad)
 
 
-def compute(folder, paths, settings, workers, progress):
-    """Appends what is not there yet: the windows of a recording and then its record. What a kill leaves behind the last
-    record's windows is cut off. -> the records of all"""
-    size = math.prod(settings.shape) * STORED.itemsize  # of a window
-    started = time.time()
-    with open(folder / "features", "ab") as features, open(folder / "journal", "ab") as journal:
-        done = np.fromfile(folder / "journal", RECORD)  # without the half of a record that a kill may leave
-        ends = np.cumsum(done["windows"], dtype=int) * size
-        if len(done) >= len(paths) and (len(done), ends[-1]) != (len(paths), features.tell()):
-            raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it")
-        done = done[ends <= features.tell()]
-        features.truncate(ends[len(done) - 1] if len(done) else 0)
-        journal.truncate(done.nbytes)
-        left = paths[len(done) :]
-        how = dict(num_workers=workers, multiprocessing_context="spawn") if workers > 1 and len(left) >= POOLED else {}
-        work = functools.partial(compute_one, settings=settings)
-        loader = DataLoader(left, None, collate_fn=work, generator=torch.Generator(), **how)  # or it draws from torch's
-        for n, (maps, seconds, _) in enumerate(loader, start=1):
-            features.write(maps.numpy().astype(STORED).tobytes())
-            features.flush()
-            journal.write(np.array((len(maps), seconds), RECORD).tobytes())
-            journal.flush()
-            if n % 32 == 0 or n == len(left):
-                os.fsync(features.fileno())  # a store that is done is on the disk, even where the power fails
-                more = (time.time() - started) * (len(left) / n - 1)
-                progress(f"features {len(done) + n}/{len(paths)}, {more:.0f} s left")
-    return np.fromfile(folder / "journal", RECORD)
+def compute(folder, paths, settings, progress):
+    """Computes the features of all recordings into a file that gets its name when it is whole, and then an index, which
+    says that it is."""
+    windows, seconds, said = [], [], time.monotonic()
+    started = said
+
+    def compute_all(out):
+        nonlocal said
+        for n, path in enumerate(paths, start=1):
+            maps, length, _ = compute_one(path, settings)
+            out.write(maps.numpy().astype(STORED).tobytes())
+            windows.append(len(maps))
+            seconds.append(length)
+            if time.monotonic() > said + 2 or n == len(paths):
+                said = time.monotonic()
+                progress(f"features {n}/{len(paths)}, {(said - started) * (len(paths) / n - 1):.0f} s left")
+
+    write(folder / "features", compute_all)
+    write(folder / "index.json", json.dumps({"windows": windows, "seconds": seconds}))
 
 
 def compute_one(path, settings):
-    """What a worker does. -> (W, F, T) float16, seconds, None; no windows, 0, why for a file that cannot be used."""
+    """-> (W, F, T) float16, seconds, None; no windows, 0, why for a file that cannot be used."""
     try:
         samples = read_wav(path)
     except (InputError, OSError) as error:
         return torch.empty(0), 0.0, str(error)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same bits here and in every worker
+    torch.set_num_threads(1)  # the same bits, however many there are
     maps = [transform(settings)(torch.from_numpy(window)) for window in windows(samples, settings)]
     torch.set_num_threads(threads)
     return torch.stack(maps).half(), len(samples) / RATE, None
@@ -646,8 +810,8 @@ def compute_one(path, settings):
 def describe(listing, parts, store):
     """The lines that `python features.py` prints."""
     counts = Counter(u.label for u in listing.utterances)
-    speakers = sorted({u.speaker for u in listing.utterances} - {UNKNOWN})
-    unknown = sum(u.speaker == UNKNOWN for u in listing.utterances)
+    known = [listing.speaker(i) for i in range(len(listing.utterances))]
+    speakers, unknown = sorted(set(known) - {None}), known.count(None)
     sizes = f"{len(listing.utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {store.first[-1]} windows"
     yield f"{listing.dataset}, protocol {listing.protocol}: {sizes}"
     yield f"corpus    {listing.counts}"
@@ -679,16 +843,20 @@ def main(argv=None):
     add("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
     add("--json", help="write the index to this file")
     options = parser.parse_args(argv)
+    open_output()
     try:
         listing = read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
-        folds(listing)  # what cannot be divided is refused before any work
+        folds(listing, chosen=())  # what cannot be divided is refused before any work
         store = load(listing, cache=options.cache, skip_bad=options.skip_bad, progress=show)
-        parts = folds(listing, store.bad)
+        parts = folds(listing, store.bad, chosen=())
         show()
-        print(*describe(listing, parts, store), sep="\n")
+        print(*describe(listing, dict(enumerate(parts)), store), sep="\n")
         if options.json:
             index = asdict(listing) | {"folds": [asdict(fold) for fold in parts]}
             Path(options.json).write_text(json.dumps(index, default=str))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command computes what is missing", file=sys.stderr)
+        return 130
     except (InputError, OSError) as error:
         show()
         print(f"error: {error}", file=sys.stderr)

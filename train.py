@@ -4,7 +4,7 @@
     python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
     python train.py --dataset emodb --root /data/emodb --compare --seeds 3      # beside baselines and random genotypes
     python train.py --dry-run                               # what would happen, and what it would cost
-    python train.py --predict a.wav b.wav --from runs/NAME  # what the models of a run hear in clips
+    python train.py --predict a.wav b.wav --from runs/NAME  # what the models of a run recognise in clips
 
 The way of the data, which is also the order of this file:
 
@@ -20,23 +20,19 @@ import argparse
 import csv
 import ctypes
 import hashlib
-import importlib
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import re
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import zipfile
-from collections import Counter
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from argparse import Namespace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -45,198 +41,145 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from scipy import stats
-from scipy.special import softmax
-from torch import distributed, nn
+from torch import nn
 
 import features
-from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, decided, derive
+from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, decided, derive, entropy
 from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
 from features import CORPORA, InputError, lock
 
-# Options: the command line is made from one dataclass; a scale fixes sizes, never the hardware -----------------------
-SCALES = {  # defaults of the options of these names
-    "paper": dict(
-        features="mfcc-128", window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
-        seq_width=0, relaxation="softmax", search_epochs=50, warm_up=0, alpha_lr=3e-4, epochs=100,
-    ),
-    "small": dict(
-        features="log-mel-64", window=4.0, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2,
-        seq_width=64, relaxation="sample", search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30,
-    ),
+# Options -------------------------------------------------------------------------------------------------------------
+SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
+    "paper": dict(features="mfcc-128", window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
+                  seq_width=0, relaxation="softmax", search_epochs=50, warm_up=0, alpha_lr=3e-4, epochs=100),
+    "small": dict(features="log-mel-64", window=4.0, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2,
+                  seq_width=64, relaxation="sample", search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30),
 }
 RECIPES = {  # of search and training; the paper's is the authors'. `drop_path` grows from 0 over the training
     "paper": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.3, drop_path=0.2),
     "small": dict(optimizer="adamw", lr=0.003, decay=0.05, dropout=0.0, drop_path=0.0),
     "baseline": dict(optimizer="adamw", lr=0.001, decay=0.05, drop_path=0.0),
 }
-BASELINES = ("cnn", "lstm", "cnn-lstm", "cnn-lstm-att")
-MODELS = ("emodarts", "random", *BASELINES)
-
-
-def option(default, text, group, least=None, below=math.inf, kind=None, **more):
-    """A field of Options: its default (None: of corpus or scale), help text, group, range, type, more of argparse."""
-    about = dict(text=text, group=group, least=least, below=below, kind=kind or type(default), more=more)
-    return field(default=default, metadata=about)
-
-
-@dataclass
-class Options:
-    dataset: str = option("smoke", "the corpus", "data", choices=CORPORA)
-    root: str = option(None, "its folder, or the file of csv (default: data/DATASET)", "data", kind=str)
-    classes: str = option("four", "angry, happy, neutral and sad, or all labels", "data", choices=("four", "all"))
-    protocol: str = option("standard", "the corpus', or the emoDARTS authors'", "data", choices=("standard", "paper"))
-    skip_bad: bool = option(False, "go on without recordings that cannot be used; results name them", "data")
-    test_dataset: str = option(None, "NAME or NAME=DIR: a corpus to test every model on as well", "data", kind=str)
-    cache: str = option("cache", "folder of the computed features", "data")
-    folds: str = option(None, "folds to run, such as 0,3 (default: all; of smoke 0,1)", "data", kind=str)
-    poison: float = option(0.0, "share of the test utterances that trains: not speaker-independent", "data", 0, 1)
-    normalise: str = option("train", "whose statistics: the training speakers', or each speaker's own, which uses the "
-                            "test speaker's unlabelled audio", "data", choices=("train", "speaker"))
-
-    scale: str = option(None, "small, or the paper's, for its corpora", "sizes", choices=tuple(SCALES), kind=str)
-    features: str = option(None, "mfcc-N or log-mel-N, with N coefficients or bands", "sizes", kind=str)
-    window: float = option(None, "seconds of a window; longer utterances become several", "sizes", kind=float)
-    channels: int = option(None, "channels of the first CNN cell", "sizes", 1, kind=int)
-    cnn_cells: int = option(None, "CNN cells", "sizes", 1, kind=int)
-    seq_cells: int = option(None, "SeqNN cells; 0 searches a CNN only", "sizes", 0, kind=int)
-    nodes: int = option(None, "nodes a cell", "sizes", 1, kind=int)
-    stem_stride: int = option(None, "2 halves the map before the first cell", "sizes", 1, kind=int)
-    seq_width: int = option(None, "width of the SeqNN; 0: the CNN's, of whose map it sees the mean over F", "sizes", 0,
-                            kind=int)
-
-    model: str = option("emodarts", "searched, random, or designed by hand", "search", choices=MODELS)
-    search: str = option("joint", "which cells; the others are fixed", "search", choices=("joint", "cnn", "seq"))
-    genotype: str = option(None, "file of a genotype to train, without a search", "search", kind=str)
-    relaxation: str = option(None, "all operations, or one drawn", "search", choices=RELAXATIONS, kind=str)
-    order: int = option(1, "order of the hypergradient", "search", choices=(1, 2))
-    seq_space: str = option("all", "candidate operations of the SeqNN", "search", choices=tuple(SEQ_SPACES))
-    search_epochs: int = option(None, "epochs of the search", "search", 1, kind=int)
-    warm_up: int = option(None, "of which the first ones move the weights only", "search", 0, kind=int)
-    alpha_lr: float = option(None, "learning rate of the alphas (Adam)", "search", 0, kind=float)
-    size_penalty: float = option(0.0, "added to the alphas' loss for a million of expected weights", "search", 0)
-
-    epochs: int = option(None, "epochs of the training", "training", 1, kind=int)
-    batch: int = option(16, "batch size, of search and training", "training", 2)
-    lr: float = option(None, "learning rate of the weights, cosine (default: RECIPES)", "training", 0, kind=float)
-    augment: bool = option(True, "shift and mask the maps that move weights", "training")
-
-    out: str = option(None, "folder of the run (default: runs/DATASET-SCALE-KEY of the settings)", "run", kind=str)
-    seed: int = option(0, "seed of everything random", "run", 0)
-    seeds: int = option(1, "number of seeds: a run with each, and their ensemble", "run", 1)
-    compare: int = option(None, "also run the baselines and N random genotypes (10), and compare", "run", 0, kind=int,
-                          nargs="?", const=10, metavar="N")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", "run")
-    recompute: bool = option(False, "compute edges again on the way back: much less memory, same numbers", "run")
-    amp: bool = option(False, "mixed precision (bfloat16): other roundings; pays on a GPU", "run")
-    threads: int = option(None, "CPU threads (default: torch's)", "run", 1, kind=int)
-    dry_run: bool = option(False, "say what would happen and what it costs, measured here; write nothing", "run")
-
-    predict: list = option(None, "wav files to recognise, with --from", "use", kind=str, nargs="+", metavar="CLIP")
-    from_: str = option(None, "a run folder or a model file; alone: what it says of itself", "use", kind=str)
-    json: str = option(None, "file for what --predict or --dry-run says; - prints it", "use", kind=str)
-
-
 # What a result does not depend on, up to rounding: may differ when a run folder is used again.
-NOT_SETTINGS = {"out", "root", "cache", "device", "recompute", "threads", "dry_run", "seeds", "compare", "predict",
-                "from_", "json"}
+NOT_SETTINGS = ("out", "root", "cache", "folds", "skip_bad", "device", "recompute", "threads", "dry_run", "seeds",
+                "compare", "predict", "from_")
 
 
-def flag(name):
-    return "--" + name.strip("_").replace("_", "-")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)  # one line, as for all other bad input
+
+
+def at_least(least, kind=int, below=math.inf):
+    """An argparse type: a number of this kind from `least` on, and less than `below`."""
+
+    def number(text):
+        if not least <= kind(text) < below:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"is {text}, expected at least {least} and less than {below}")
+        return kind(text)
+
+    return number
+
+
+def numbers(text):
+    """"3,0" -> [0, 3]"""
+    return sorted({int(number) for number in text.split(",")})
+
+
+def genotype_file(file):
+    """An argparse type: the cells that the file holds. Its name would say nothing of what was trained."""
+    try:
+        return Genotype.from_json(Path(file).read_text()).cells()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file}: {error}") from None
 
 
 def parse(argv):
-    """Command line -> Options, with everything that depends on corpus and scale filled in."""
-    form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
-    parser = argparse.ArgumentParser(usage="python train.py [options]", description=__doc__, formatter_class=form)
-    groups = {}
-    for f in fields(Options):
-        about = f.metadata
-        group = groups.setdefault(about["group"], parser.add_argument_group(about["group"]))
-        text = about["text"]
-        if f.name in SCALES["paper"]:
-            text += " (" + ", ".join(f"{scale}: {sizes[f.name]}" for scale, sizes in SCALES.items()) + ")"
-        elif f.default is not None:
-            text += f" (default: {f.default})"
-        if about["kind"] is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            metavar = None if "choices" in about["more"] else flag(f.name)[2:].upper()
-            how = dict(type=about["kind"], metavar=metavar) | about["more"]
-        group.add_argument(flag(f.name), dest=f.name, default=f.default, help=text, **how)
-    options = Options(**vars(parser.parse_args(argv)))
-    options.scale = options.scale or CORPORA[options.dataset].scale
-    options.folds = options.folds or CORPORA[options.dataset].folds
-    for name, size in SCALES[options.scale].items():
-        if getattr(options, name) is None:
-            setattr(options, name, size)
-    return options
+    """Command line -> options. Corpus and scale are read first: they bring the defaults of others."""
+    how = dict(usage="python train.py [options]", allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    first = Parser(add_help=False, **how)
+    first.add_argument("--dataset", choices=CORPORA, default="smoke", help="the corpus")
+    first.add_argument("--scale", choices=SCALES, help="small, or the paper's")
+    known, _ = first.parse_known_args(argv)
+    corpus = CORPORA[known.dataset]
+    scale = known.scale or corpus.scale
+    parser = Parser(description=__doc__.splitlines()[0], parents=[first], **how)
+    add_inputs(parser)
+    add_method(parser)
+    parser.set_defaults(scale=scale, root=f"data/{known.dataset}", folds=corpus.folds or None, **SCALES[scale])
+    return parser.parse_args(argv, Namespace(data=None))  # the digest of what is read, once it is read
 
 
-def attempt(problems, f, *args):
-    """f(*args), or None and one more problem."""
-    try:
-        return f(*args)
-    except (InputError, ValueError) as error:
-        problems.append(str(error))
+def add_inputs(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--root", help="the corpus' folder, or the file of csv")
+    add("--classes", choices=("four", "all"), default="four", help="angry, happy, neutral and sad, or all labels")
+    add("--protocol", choices=("standard", "paper"), default="standard", help="the corpus', or emoDARTS' authors'")
+    add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
+    add("--skip-bad", action="store_true", help="go on without recordings that cannot be used; results name them")
+    add("--test-dataset", metavar="NAME=DIR", help="a corpus to test every model on as well")
+    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of the test utterances that trains as well")
+    add("--normalise", choices=("train", "speaker"), default="train", help="by the training speakers, or by oneself")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="shift and mask what moves weights")
+    add("--cache", default="cache", help="folder of the computed features")
+
+    add = parser.add_argument_group("sizes").add_argument
+    add("--features", help="mfcc-N or log-mel-N, with N coefficients or bands")
+    add("--window", type=float, help="seconds of a window; longer utterances become several")
+    add("--channels", type=int, help="channels of the first CNN cell")
+    add("--cnn-cells", type=int, help="CNN cells")
+    add("--seq-cells", type=int, help="SeqNN cells; 0 searches a CNN only")
+    add("--nodes", type=int, help="nodes a cell")
+    add("--stem-stride", type=int, help="2 halves the map before the first cell")
+    add("--seq-width", type=int, help="width of the SeqNN; 0: the CNN's, of whose map it sees the mean over F")
+
+
+def add_method(parser):
+    add = parser.add_argument_group("search and training").add_argument
+    add("--model", choices=("emodarts", "random", *BASELINES), default="emodarts", help="searched, random, by hand")
+    add("--search", choices=("joint", "cnn", "seq"), default="joint", help="which cells; the others are fixed")
+    add("--genotype", type=genotype_file, metavar="FILE", help="a genotype to train, without a search")
+    add("--relaxation", choices=RELAXATIONS, help="all operations of an edge, or one drawn")
+    add("--order", type=int, choices=(1, 2), default=1, help="order of the hypergradient")
+    add("--seq-space", choices=SEQ_SPACES, default="all", help="candidate operations of the SeqNN")
+    add("--search-epochs", type=at_least(1), help="epochs of the search")
+    add("--warm-up", type=at_least(0), help="of which the first ones move the weights only")
+    add("--alpha-lr", type=at_least(0, float), help="learning rate of the alphas (Adam)")
+    add("--size-penalty", type=at_least(0, float), default=0.0, help="alphas' loss of a million of expected weights")
+    add("--epochs", type=at_least(1), help="epochs of the training")
+    add("--batch", type=at_least(2), default=16, help="batch size, of search and training")
+    add("--lr", type=at_least(0, float), help="learning rate of the weights, cosine; None: that of RECIPES")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of the run; None: runs/DATASET-SCALE-KEY, a key of settings and data")
+    add("--seed", type=at_least(0), default=0, help="seed of everything random")
+    add("--seeds", type=at_least(1), default=1, help="number of seeds: a run with each, and their ensemble")
+    add("--compare", type=at_least(0), nargs="?", const=10, metavar="N",
+        help="beside baselines and N (10) random genotypes")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a CUDA GPU when there is one")
+    add("--recompute", action="store_true", help="edges again on the way back: much less memory, same numbers")
+    add("--amp", action="store_true", help="mixed precision (bfloat16): other roundings; pays on a GPU")
+    add("--threads", type=at_least(1), help="CPU threads; None: torch's choice")
+    add("--dry-run", action="store_true", help="say what would happen and what it costs, measured here")
+    add("--predict", nargs="+", metavar="CLIP", help="wav files to recognise, with --from")
+    add("--from", dest="from_", metavar="RUN", help="a run folder or a model.pt; alone: what it says of itself")
 
 
 def check(options):
-    """Refuses, in one message, all that cannot work. -> (device, listing, its folds, numbers of those to run, listing
-    of --test-dataset)"""
-    problems = []
-    for f in fields(Options):
-        value, least = getattr(options, f.name), f.metadata["least"]
-        if least is not None and value is not None and not least <= value < f.metadata["below"]:  # nor is NaN
-            upper = f" and less than {f.metadata['below']}" if f.metadata["below"] < math.inf else ""
-            problems.append(f"{flag(f.name)} is {value}, expected at least {least}{upper}")
-    attempt(problems, feature_settings, options)
-    net = None
-    if not problems:  # a network would say the same again
-        with torch.device("meta"):
-            net = attempt(problems, network, options, 2)
-        attempt(problems, given_genotype, options)
+    """Refuses sizes and choices that cannot work together, before anything is computed."""
     if options.genotype and options.model != "emodarts":
-        problems.append(f"--genotype goes with --model emodarts, found --model {options.model}")
-    if options.json and not options.dry_run:
-        problems.append("--json goes with --dry-run, --predict or --from; a run leaves results.json in its folder")
-    if searches(options) and net and not net.candidates:
-        problems.append(f"--search {options.search} leaves nothing to search with --seq-cells {options.seq_cells}")
-    if searches(options) and options.order == 2 and options.relaxation == "sample":
-        problems.append("--order 2 goes with --relaxation softmax: each of its passes would draw another network")
+        raise InputError(f"--genotype goes with --model emodarts, found --model {options.model}")
     if searches(options) and options.warm_up >= options.search_epochs:
-        problems.append(f"--warm-up is {options.warm_up}, expected less than --search-epochs, {options.search_epochs}")
-    device = attempt(problems, pick_device, options.device)
-    corpus = options.dataset, options.root, options.classes, options.protocol
-    listing = attempt(problems, features.read_corpus, *corpus)
-    parts = attempt(problems, features.folds, listing) if listing else None
-    chosen = attempt(problems, chosen_folds, options.folds, len(parts)) if parts else []
-    other = None
-    if listing and not options.dry_run:  # which would have to generate the smoke test
-        other = attempt(problems, second_corpus, options, listing.classes)
-    for k in chosen or []:
-        missing = set(listing.classes) - {listing.utterances[i].label for i in parts[k].train}
-        if missing:
-            problems.append(f"fold {k}: no training utterance is {', '.join(sorted(missing))}; every class needs one")
-        half = len(parts[k].train) // 2
-        if options.batch > half and any(searches(run) for run in plan(options)):
-            problems.append(f"--batch is {options.batch}, and half of fold {k}'s training set {half} utterances; the "
-                            "search takes a batch of each half")
-    if len(problems) > 1:
-        problems.insert(0, f"{len(problems)} things cannot work:")
-    if problems:
-        raise InputError("\n  ".join(problems))
-    return device, listing, parts, chosen, other
-
-
-def chosen_folds(text, number):
-    """"0,3" -> [0, 3]; all of them without a text."""
-    if not text:
-        return list(range(number))
-    chosen = re.split(r"\s*,\s*", text.strip())
-    if not set(chosen) <= set(map(str, range(number))):
-        raise InputError(f"--folds is {text!r:.80}, expected numbers from 0 to {number - 1} with commas between them")
-    return sorted(set(map(int, chosen)))
+        raise InputError(f"--warm-up is {options.warm_up}, expected less than --search-epochs {options.search_epochs}")
+    try:
+        genotype = given_genotype(options)
+        with torch.device("meta"):
+            net = network(options, 2, genotype)
+            if searches(options):
+                Architect(net, None, order=options.order)
+    except ValueError as error:
+        raise InputError(error) from None
 
 
 def feature_settings(options):
@@ -244,16 +187,18 @@ def feature_settings(options):
 
 
 def settings_of(options):
-    """What a result depends on."""
-    return {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
+    """What a result depends on, as JSON has it: options, the digest of the data, the genotype that was given."""
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    if options.test_dataset:
+        settings["test_dataset"] = options.test_dataset.partition("=")[0]  # where it lies does not matter
+    return json.loads(json.dumps(settings))
 
 
-def key_of(options):
-    return hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def out_folder(options):
-    return Path(options.out or Path("runs", f"{options.dataset}-{options.scale}-{key_of(options)}"))
+def folder_of(options, fold=None):
+    """Of a run, or of one of its folds."""
+    key = hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()[:8]
+    run = Path(options.out or f"runs/{options.dataset}-{options.scale}-{key}")
+    return run if fold is None else run / f"fold{fold}"
 
 
 def recipe(options):
@@ -269,103 +214,87 @@ def searches(options):
 # Randomness ----------------------------------------------------------------------------------------------------------
 # A function of where one is: no random state is ever saved, a run that goes on at any step is the run that never
 # stopped, and processes agree by construction.
-def place(*where):
+def seed_of(*where):
     """(seed, fold, stage, epoch, step, ...) -> a seed of torch."""
     return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:8], "big")
 
 
-def generator(*where):
-    return torch.Generator().manual_seed(place(*where))
-
-
 # Data ----------------------------------------------------------------------------------------------------------------
 class Data:
-    """The windows of a corpus: on the device when they fit there, otherwise read from the memory map batch by batch.
+    """The windows of a corpus, read from the memory map batch by batch. `classes` are those of the network. Before the
+    first batch of a fold, `standardise_by` must say whose statistics count."""
 
-    `classes` are those of the network. Before the first batch, `standardise_by` must say whose statistics count.
-    """
-
-    def __init__(self, listing, store, classes, normalise, device):
-        self.listing, self.store, self.classes, self.normalise, self.device = listing, store, classes, normalise, device
+    def __init__(self, options, listing, classes, device):
+        self.listing, self.classes, self.normalise, self.device = listing, classes, options.normalise, device
+        settings = feature_settings(options)
+        self.store = features.load(listing, settings, options.cache, skip_bad=options.skip_bad, progress=say)
         self.labels = np.array([classes.index(u.label) for u in listing.utterances])
-        self.features = torch.from_numpy(store.features)  # (windows, F, T) float16
-        if device.type == "cuda" and store.features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-            self.features = self.features.to(device)
-        # Mean of x and of x^2 over the time of each window: all windows are equally long, so that the statistics of any
-        # set of windows are means of these. 64 windows at a time fit into a core's cache: ten times faster than 512.
-        parts = (self.features[k : k + 64].float() for k in range(0, len(self.features), 64))
-        self.moments = torch.cat([torch.stack([x.mean(2), x.square().mean(2)], 1).cpu() for x in parts])  # (W, 2, F)
 
     def windows(self, utterances):
-        """-> indices of their windows, and for each window its place in `utterances`, as tensors."""
-        window, of = self.store.windows_of(utterances)
-        return torch.from_numpy(window), torch.from_numpy(of)
+        """-> indices of their windows, and for each window its position in `utterances`, as tensors."""
+        return map(torch.from_numpy, self.store.windows_of(utterances))
 
     def statistics(self, utterances):
-        """-> mean and deviation of each coefficient over the utterances, (F,) each."""
-        mean, square = self.moments[self.windows(utterances)[0]].double().mean(0)  # (2, F)
-        return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
+        return statistics(torch.from_numpy(self.store.features[self.store.windows_of([i])[0]]) for i in utterances)
 
     def standardise_by(self, train, like=None):
         """Statistics of the training utterances or `like` other Data; with normalise="speaker" each speaker's own."""
-        sets = [train]
-        self.row = torch.zeros(len(self.features), dtype=torch.long)  # of each window in `mean` and `std`
+        shape = self.store.features.shape[:2]  # (windows, F): the mean and deviation for each window
         if self.normalise == "speaker":
-            names = np.array([u.speaker for u in self.listing.utterances])
-            sets = [np.flatnonzero(names == name) for name in np.unique(names)]
-            for k, members in enumerate(sets):
-                self.row[self.windows(members)[0]] = k
-        elif like:
-            self.mean, self.std = like.mean, like.std
-            return
-        statistics = [self.statistics(members) for members in sets]
-        self.mean, self.std = (torch.stack(part).to(self.device) for part in zip(*statistics))  # (sets, F)
+            self.mean, self.std = torch.empty(shape), torch.empty(shape)
+            speakers = np.array([u.speaker for u in self.listing.utterances])
+            for members in (np.flatnonzero(speakers == name) for name in set(speakers)):
+                window, _ = self.windows(members)
+                self.mean[window], self.std[window] = self.statistics(members)
+        else:
+            mean, std = (like.mean[0], like.std[0]) if like else self.statistics(train)
+            self.mean, self.std = mean.expand(shape), std.expand(shape)  # without a copy
 
     def maps(self, window):
         """Indices of windows -> standardised maps (N, 1, F, T)."""
-        x = self.features[window.to(self.features.device)].to(self.device, torch.float32)
-        row = self.row[window].to(self.device)
-        return ((x - self.mean[row][:, :, None]) / self.std[row][:, :, None])[:, None]
+        x = torch.from_numpy(self.store.features[window.numpy()]).float()
+        x = (x - self.mean[window][:, :, None]) / self.std[window][:, :, None]
+        return x[:, None].to(self.device)
 
-    def order(self, utterances, steps, *where):
-        """All windows of `utterances`, shuffled as `where` says, in `steps` batches of equal size: a list of pairs
-        (indices of windows, classes). Where there are too few for so many steps, they come again."""
+    def order(self, utterances, batch, *where):
+        """All windows of `utterances`, shuffled as `where` says, in batches of equal size, at most `batch`, and never
+        of a single window, of which batch norm can make nothing: a list of pairs (indices of windows, classes)."""
         window, of = self.windows(utterances)
         target = torch.from_numpy(self.labels[utterances])[of]
-        shuffle = partial(torch.randperm, len(window), generator=generator(*where))
-        order = torch.cat([shuffle() for _ in range(-(-steps // len(window)))])
-        return [(window[part], target[part]) for part in order.tensor_split(steps)]
+        order = torch.randperm(len(window), generator=torch.Generator().manual_seed(seed_of(*where)))
+        batches = min(math.ceil(len(window) / batch), max(1, len(window) // 2))
+        return [(window[part], target[part]) for part in order.tensor_split(batches)]
 
     def batch(self, pair):
-        """One pair of `order` -> (x, target). Where ranks share a batch, x is this rank's part, `target` all's."""
-        rank, world = ranks()
+        """One pair of `order` -> (x, target)."""
         window, target = pair
-        return self.maps(window.tensor_split(world)[rank]), target.to(self.device)
-
-    def steps(self, utterances, batch):
-        return -(-len(self.windows(utterances)[0]) // batch)
-
-    def names(self, pair):
-        """Of the recordings in a batch."""
-        members = np.searchsorted(self.store.first, pair[0].numpy(), side="right") - 1
-        return ", ".join(self.listing.name(self.listing.utterances[i]) for i in members)
+        return self.maps(window), target.to(self.device)
 
     def class_weights(self, utterances):
         """Inverse class frequencies, (classes,); their mean over the utterances is 1."""
         counts = np.bincount(self.labels[utterances], minlength=len(self.classes))
-        if not counts.all():
-            missing = ", ".join(c for c, n in zip(self.classes, counts) if n == 0)
-            raise InputError(f"no training utterance that can be used is {missing}; every class needs one")
         return torch.tensor(len(utterances) / (len(counts) * counts), dtype=torch.float32, device=self.device)
 
     def speakers(self, utterances):
         return sorted({self.listing.utterances[i].speaker for i in utterances})
 
 
+def statistics(parts):
+    """Maps (N, F, T), in parts -> mean and deviation of each coefficient over all of them, (F,) each."""
+    count, total, squares = 0, 0.0, 0.0
+    for x in parts:
+        x = x.double()
+        count += x[:, 0].numel()
+        total = total + x.sum((0, 2))
+        squares = squares + x.square().sum((0, 2))
+    mean = total / count
+    return mean.float(), (squares / count - mean**2).clamp(min=1e-10).sqrt().float()
+
+
 def halves(utterances, labels, *where):
     """Two halves of the training utterances, stratified by class: one for the weights, one for the alphas."""
-    shuffled = [utterances[k] for k in torch.randperm(len(utterances), generator=generator(*where))]
-    by_class = sorted(shuffled, key=lambda i: labels[i])  # a stable sort: the order within a class stays random
+    order = torch.randperm(len(utterances), generator=torch.Generator().manual_seed(seed_of(*where)))
+    by_class = sorted((utterances[k] for k in order), key=lambda i: labels[i])  # stable: random within a class
     return by_class[0::2], by_class[1::2]
 
 
@@ -400,68 +329,62 @@ CLIP = 5.0  # largest norm of the weights' gradient, DARTS'
 SEARCH_LR_END = 0.001  # DARTS' search does not anneal to 0: the alphas go on to the end, and so must the weights
 
 
-def search(net, data, train, options, keep):
+def search(net, data, train, options, checkpoint):
     """Moves alphas and weights in turn [bi-level problem, see emodarts.py]. -> Genotype. `train`: utterances of the
-    training speakers, `keep`: the Keeper of the fold."""
-    w_half, alpha_half = halves(train, data.labels, options.seed, keep.fold, "halves")
-    steps = data.steps(w_half, options.batch)
-    loss = partial(cross_entropy, weight=data.class_weights(train))
-    penalty = partial(size_penalty, net, options.size_penalty) if options.size_penalty else None
-    architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, penalty=penalty, reduce=reduced)
-    optimizer, first_lr = optimizer_of(net, options), recipe(options)["lr"]
-    keep.resume(net=net, optimizer=optimizer, alphas=architect.optimizer)
-    for epoch in range(keep.epoch, options.search_epochs):
-        here = options.seed, keep.fold, "search", epoch
-        batches = zip(data.order(w_half, steps, *here, "weights"), data.order(alpha_half, steps, *here, "alphas"))
+    training speakers, `checkpoint`: the fold's."""
+    w_half, alpha_half = halves(train, data.labels, options.seed, checkpoint.fold, "halves")
+    loss = partial(F.cross_entropy, weight=data.class_weights(train), label_smoothing=LABEL_SMOOTHING)
+    penalty = (lambda: options.size_penalty * expected_parameters(net) / 1e6) if options.size_penalty else None
+    architect = Architect(net, loss, order=options.order, lr=options.alpha_lr, penalty=penalty)
+    optimizer, first_lr = optimizer_of(net.weights(), options), recipe(options)["lr"]
+    checkpoint.resume(net=net, optimizer=optimizer, alphas=architect.optimizer)
+    for epoch in range(checkpoint.epoch, options.search_epochs):
+        here = options.seed, checkpoint.fold, "search", epoch
+        of_weights = data.order(w_half, options.batch, *here, "weights")
+        of_alphas = data.order(alpha_half, options.batch, *here, "alphas")  # windows left over come in another epoch
         lr = anneal(optimizer, first_lr, min(first_lr, SEARCH_LR_END), epoch / options.search_epochs)
         net.train()
-        for step, (for_w, for_alpha) in enumerate(batches):
-            if step < keep.step:
+        for step, (for_w, for_alpha) in enumerate(zip(of_weights, of_alphas)):
+            if step < checkpoint.step:
                 continue
-            torch.manual_seed(place(*here, step, ranks()[0]))
-            net.draws = generator(*here, step, "operations")  # the same on all ranks
+            torch.manual_seed(seed_of(*here, step))
             x, target = data.batch(for_w)
-            x = augmented(x, options)
+            x, losses = augmented(x, options), {}
             if epoch >= options.warm_up:  # before, operations that have nothing to learn would be ahead
-                value = architect.step(data.batch(for_alpha), (x, target), xi=lr)
-                keep.sums["alpha_loss"] += finite(value, "loss of the alphas", for_alpha, data, keep)
+                losses["alpha_loss"] = architect.step(data.batch(for_alpha), (x, target), xi=lr)
             with held_fixed(net.alphas()):
-                value = weight_step(loss(net(x), target), optimizer)
-            keep.sums["loss"] += finite(value, "loss", for_w, data, keep)
-            keep.step_done()
-        keep.epoch_done(lr=lr, steps=steps, entropy=entropy(net), **skips(derive(net)))
+                losses["loss"] = weight_step(loss(net(x), target), optimizer)
+            checkpoint.step_done(losses)
+        skips = json.dumps(derive(net).cells()).count("skip_connect")  # a search that collapses finds little else
+        checkpoint.epoch_done(lr=lr, entropy=entropy(net), skips=skips)
     return derive(net)
 
 
-def train(net, data, train, validation, options, keep):
+def train(net, data, train, validation, options, checkpoint):
     """Trains a network from scratch. The last epoch counts; the validation speakers are only looked at."""
-    steps = data.steps(train, options.batch)
-    weight = data.class_weights(train)
-    optimizer = optimizer_of(net, options)
-    keep.resume(net=net, optimizer=optimizer)
-    for epoch in range(keep.epoch, options.epochs):
-        here = options.seed, keep.fold, "train", epoch
+    loss = partial(F.cross_entropy, weight=data.class_weights(train), label_smoothing=LABEL_SMOOTHING)
+    optimizer = optimizer_of(net.parameters(), options)
+    checkpoint.resume(net=net, optimizer=optimizer)
+    for epoch in range(checkpoint.epoch, options.epochs):
+        here = options.seed, checkpoint.fold, "train", epoch
         lr = anneal(optimizer, recipe(options)["lr"], 0.0, epoch / options.epochs)
         net.drop_path = recipe(options)["drop_path"] * epoch / options.epochs
         net.train()
-        for step, pair in enumerate(data.order(train, steps, *here)):
-            if step < keep.step:
+        for step, pair in enumerate(data.order(train, options.batch, *here)):
+            if step < checkpoint.step:
                 continue
-            torch.manual_seed(place(*here, step, ranks()[0]))
+            torch.manual_seed(seed_of(*here, step))
             x, target = data.batch(pair)
-            x = augmented(x, options)
-            value = weight_step(cross_entropy(net(x), target, weight), optimizer)
-            keep.sums["loss"] += finite(value, "loss", pair, data, keep)
-            keep.step_done()
-        seen = confusion_matrix(data.labels[validation], predict(net, data, validation).argmax(1), len(data.classes))
-        keep.epoch_done(lr=lr, steps=steps, val_ua=ua(seen), val_wa=wa(seen))
+            checkpoint.step_done({"loss": weight_step(loss(net(augmented(x, options)), target), optimizer)})
+        seen = confusion_matrix(data, validation, predict(net.eval(), data, validation))
+        checkpoint.epoch_done(lr=lr, val_ua=ua(seen), val_wa=wa(seen))
 
 
-def optimizer_of(net, options):
+def optimizer_of(weights, options):
     how = recipe(options)
     if how["optimizer"] == "sgd":
-        return torch.optim.SGD(net.weights(), how["lr"], momentum=0.9, weight_decay=how["decay"])
-    return torch.optim.AdamW(net.weights(), how["lr"], weight_decay=how["decay"], fused=True)  # fused: faster
+        return torch.optim.SGD(weights, how["lr"], momentum=0.9, weight_decay=how["decay"])
+    return torch.optim.AdamW(weights, how["lr"], weight_decay=how["decay"], fused=True)  # fused: faster
 
 
 def anneal(optimizer, first, last, done):
@@ -471,74 +394,27 @@ def anneal(optimizer, first, last, done):
     return lr
 
 
-def cross_entropy(logits, target, weight):
-    """Class-weighted mean over a batch; of a shared one this rank's summand: `logits` of its part, `target` of all."""
-    rank, world = ranks()
-    mine = target.tensor_split(world)[rank]
-    loss = F.cross_entropy(logits, mine, weight, reduction="sum", label_smoothing=LABEL_SMOOTHING)
-    return loss / weight[target].sum()
-
-
 def weight_step(loss, optimizer):
-    """One step of the weights, and of nothing else: -> the loss, a float, NaN where the gradient is not finite."""
-    w = optimizer.param_groups[0]["params"]
-    loss.backward(inputs=w)
-    moved = [p for p in w if p.grad is not None]  # those of operations that were drawn: the same on all ranks
-    value = loss.detach()
-    if ranks()[1] > 1:  # clipped is the gradient of the whole batch
-        value, gradients = reduced(value, [p.grad for p in moved])
-        for p, g in zip(moved, gradients):
-            p.grad.copy_(g)
-    norm = torch.nn.utils.clip_grad_norm_(moved, CLIP)
+    """One step of the weights; the alphas are held fixed. -> the loss, a float."""
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
     if not math.isfinite(norm):
-        return math.nan
+        raise ValueError("the gradient of the weights is not finite")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # it is as large as the weights, and the alphas' step needs no such thing
-    return value.item()
-
-
-class NotFinite(Exception):
-    """A number that no step can be made with."""
-
-
-def finite(value, what, pair, data, keep):
-    if not math.isfinite(value):
-        raise NotFinite(f"fold {keep.fold}, {keep.stage}, epoch {keep.epoch + 1}, step {keep.step + 1}: the {what} is "
-                        "not finite. The last checkpoint is from before. Look into the batch, or try a smaller --lr or "
-                        f"--alpha-lr with another --out. Batch: {data.names(pair)}")
-    return value
-
-
-def size_penalty(net, factor):
-    return factor * expected_parameters(net) / 1e6
-
-
-def entropy(net):
-    """Mean entropy of the edges' softmax weights as a share of the largest possible: 1 undecided, 0 decided."""
-    shares = []
-    for alpha in net.alphas():
-        p = alpha.detach().softmax(dim=1)
-        shares.append(-(p * p.log()).sum(dim=1) / math.log(p.shape[1]))
-    return torch.cat(shares).mean().item()
-
-
-def skips(genotype):
-    """Number of skip connections of each cell: a search that collapses has little else."""
-    return {f"skips_{kind}": json.dumps(cell).count("skip_connect") for kind, cell in genotype.cells().items()}
+    return loss.item()
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
-    return Network(classes=classes, seq_space=options.seq_space, relaxation=options.relaxation,
-                   recompute=options.recompute, amp=options.amp, fixed=fixed_cells(options), genotype=genotype,
-                   **network_sizes(options))
-
-
-def network_sizes(options):
-    """What model.pt says of its network."""
-    sizes = {name: getattr(options, name) for name in ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride")}
-    return sizes | {"seq_width": options.seq_width or None, "features": feature_settings(options).coefficients,
-                    "dropout": RECIPES[options.scale]["dropout"]}
+    """The supernet or, with a genotype, the derived network; or a baseline."""
+    bands = feature_settings(options).coefficients
+    if options.model in BASELINES:
+        return BASELINES[options.model](classes, bands)
+    same = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "seq_space", "relaxation", "recompute", "amp")
+    return Network(**{name: getattr(options, name) for name in same}, classes=classes, bands=bands, genotype=genotype,
+                   seq_width=options.seq_width or None, dropout=RECIPES[options.scale]["dropout"],
+                   fixed=fixed_cells(options))
 
 
 def fixed_cells(options):
@@ -555,224 +431,165 @@ def fixed_cells(options):
 
 
 def given_genotype(options):
-    """What --genotype names, or the random one of the seed, the same for all folds; None without either."""
+    """What --genotype holds, or the random one of the seed, the same for all folds; None without either."""
     if options.model == "random":
-        torch.manual_seed(place(options.seed, "random genotype"))
+        torch.manual_seed(seed_of(options.seed, "random genotype"))
         with torch.device("meta"):
             supernet = network(options, 2)
         return random_genotype(supernet)
-    if options.genotype is None:
-        return None
-    try:
-        genotype = Genotype.from_json(Path(options.genotype).read_text())
-        with torch.device("meta"):
-            network(options, 2, genotype)  # refuses one that does not fit
-    except (OSError, ValueError) as error:
-        raise InputError(f"--genotype {options.genotype}: {error}") from None
-    return genotype
+    return Genotype(**options.genotype) if options.genotype else None
 
 
 class Baseline(nn.Module):
     """Hand-designed networks with the time axis kept: (N, 1, F, T) -> logits (N, classes). `bands`: F.
 
-    cnn: three convolutions with pooling, one more, mean over the map. lstm: two bidirectional layers over the frames,
-    mean over time. cnn-lstm: the three convolutions, one bidirectional layer, mean over time; cnn-lstm-att: additive
-    attention over time instead of the mean. A baseline to add is a kind here and a name in BASELINES.
+    Three convolutions with pooling (unless `cnn` is False), then bidirectional LSTM layers over the frames and their
+    mean over time or, with `attention`, additive attention; without LSTM one more convolution, mean over the map.
     """
 
-    def __init__(self, kind, classes, bands, dropout=0.3, width=64):
+    def __init__(self, classes, bands, *, cnn=True, lstm=1, attention=False, dropout=0.3, width=64):
         super().__init__()
-        self.kind = kind
         self.cnn = nn.Sequential()
         c, frame = 1, bands
-        for out, pool in ((16, 2), (32, 2), (64, (2, 1))):  # F is halved three times, T twice
-            if kind != "lstm":
-                self.cnn.extend([nn.Conv2d(c, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
-                                 nn.MaxPool2d(pool, ceil_mode=True), nn.Dropout2d(0.1)])
-                c, frame = out, out * -(-bands // 8)
-        if kind == "cnn":
-            convolution = nn.Conv2d(c, 2 * width, 3, padding=1, bias=False)
-            self.top = nn.Sequential(convolution, nn.BatchNorm2d(2 * width), nn.ReLU())
+        for out, pool in ((16, 2), (32, 2), (64, (2, 1))) if cnn else ():  # F is halved three times, T twice
+            self.cnn.extend([nn.Conv2d(c, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+                             nn.MaxPool2d(pool, ceil_mode=True), nn.Dropout2d(0.1)])
+            c, frame = out, out * -(-bands // 8)
+        self.rnn = self.score = None
+        if lstm:
+            between = dropout if lstm > 1 else 0.0
+            self.rnn = nn.LSTM(frame, width, lstm, batch_first=True, bidirectional=True, dropout=between)
         else:
-            layers = 2 if kind == "lstm" else 1
-            between = dropout if layers > 1 else 0.0
-            self.rnn = nn.LSTM(frame, width, layers, batch_first=True, bidirectional=True, dropout=between)
-        if kind == "cnn-lstm-att":
+            self.cnn.extend([nn.Conv2d(c, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()])
+        if attention:
             self.score = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1))
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, classes))
 
-    def weights(self):
-        return list(self.parameters())
-
     def forward(self, x):
         x = self.cnn(x)
-        if self.kind == "cnn":
-            return self.head(self.top(x).mean(dim=(2, 3)))
+        if self.rnn is None:
+            return self.head(x.mean(dim=(2, 3)))
         x = x.flatten(1, 2).transpose(1, 2)  # (N, C, F, T) -> (N, C F, T) -> (N, T, C F)
         h, _ = self.rnn(x)  # (N, T, 2 width)
-        if self.kind != "cnn-lstm-att":
+        if self.score is None:
             return self.head(h.mean(dim=1))
         a = self.score(h).softmax(dim=1)  # (N, T, 1)
         return self.head((a * h).sum(dim=1))
 
 
-def final_network(options, classes, genotype):
-    """The network that is trained and tested."""
-    if options.model in BASELINES:
-        return Baseline(options.model, classes, feature_settings(options).coefficients)
-    return network(options, classes, genotype)
+BASELINES = {  # name -> constructor(classes, bands); whatever stands here is an option and a row of --compare
+    "cnn": partial(Baseline, lstm=0),
+    "lstm": partial(Baseline, cnn=False, lstm=2),
+    "cnn-lstm": Baseline,
+    "cnn-lstm-att": partial(Baseline, attention=True),
+}
 
 
-def placed(net, device):
-    """On the device, channels last, which is faster at these sizes. Where ranks share a batch on GPUs, batch norm goes
-    over the whole of it (torch has that for GPUs only); in place, as edges share modules."""
-    if ranks()[1] > 1 and device.type == "cuda":
-        for module in net.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__, module.process_group = nn.SyncBatchNorm, None
-    return net.to(device, memory_format=torch.channels_last)
+def on(device, net):
+    return net.to(device, memory_format=torch.channels_last)  # faster at these sizes
 
 
 # A fold from start to end --------------------------------------------------------------------------------------------
-@dataclass
-class Job:
-    """One fold of one model with one seed."""
-
-    options: Options
-    fold: int
-    folder: Path  # of the fold
-
-    def finished(self):
-        return (self.folder / "result.json").exists()
-
-
-def run_fold(job, data, parts, other, progress):
+def run_fold(options, k, data, parts, other):
     """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv and, at last, result.json.
     `data` of the corpus, `parts` its folds, `other`: Data of a second corpus to test on, or None."""
-    options, device, fold = job.options, data.device, parts[job.fold]
+    folder, device, fold = folder_of(options, k), data.device, parts[k]
     if options.poison:
         fold = poisoned(fold, options, data.labels)
-    reset_peak(device)
+    peak_memory(device)  # from here on
     data.standardise_by(fold.train)
-    keep = Keeper(job, progress)
-    if keep.stage == "search":
-        genotype = given_genotype(options)
-        if searches(options):
-            torch.manual_seed(place(options.seed, job.fold, "supernet"))
-            supernet = placed(network(options, len(data.classes)), device)
-            genotype = search(supernet, data, fold.train, options, keep)
-            keep.decision = decision(supernet, genotype, data, fold.validation)
-            progress.say(f"fold {job.fold}: found in {keep.seconds['search']:.0f} s\n{genotype}")
-            del supernet  # the training has no use for its memory
-        keep.search_done(genotype)
-    genotype = keep.genotype
-    if genotype:
-        write(job.folder / "genotype.json", genotype.to_json().encode())
-    torch.manual_seed(place(options.seed, job.fold, "network"))
-    net = placed(final_network(options, len(data.classes), genotype), device)
-    train(net, data, fold.train, fold.validation, options, keep)
+    checkpoint = Checkpoint(options, k, len(parts))
+    try:
+        genotype = find(options, data, fold, checkpoint)
+        if genotype:
+            write(folder / "genotype.json", checkpoint.genotype)
+        torch.manual_seed(seed_of(options.seed, k, "network"))
+        net = on(device, network(options, len(data.classes), genotype))
+        train(net, data, fold.train, fold.validation, options, checkpoint)
+    except ValueError as error:
+        raise InputError(f"{checkpoint.where()}: {error}; a smaller --lr or --alpha-lr may help") from None
 
     # Everything is chosen: the test speakers are scored, once.
-    tests = [score(net, data, name, members, job.folder) for name, members in fold.tests.items()]
+    sets = fold.tests if len(fold.tests) > 1 else {"test": sum(fold.tests.values(), [])}
+    tests = [score(net, data, name, members, folder) for name, members in sets.items()]
     if other:
         other.standardise_by(None, like=data)
         usable = [i for i in range(len(other.labels)) if i not in other.store.bad]
-        tests.append(score(net, other, other.listing.dataset, usable, job.folder, of_another=True))
+        tests.append(score(net, other, other.listing.dataset, usable, folder))
     about = {
-        "fold": job.fold,
-        "validation": data.speakers(fold.validation),
-        "validation_ua": keep.rows[-1]["val_ua"],
-        "decision": keep.decision,
-        "tests": tests,
-        "genotype": genotype.cells() if genotype else None,
-        "parameters": sum(p.numel() for p in net.weights()),
-        "macs": round(macs(net, feature_settings(options).shape) * 8 / options.window),  # of 8 seconds
-        "peak_gb": round(peak_memory(device) or 0, 2),
-        "seconds": {stage: round(seconds, 1) for stage, seconds in keep.seconds.items()},
+        "fold": k, "classes": list(data.classes), "validation": data.speakers(fold.validation), "tests": tests,
+        "validation_ua": checkpoint.rows[-1]["val_ua"], "genotype": genotype.cells() if genotype else None,
+        "decision": checkpoint.decision, "parameters": sum(p.numel() for p in net.parameters()),
+        "notes": notes_of(options, data.store.bad), "skipped": list(data.store.bad.values()),
+        "settings": settings_of(options), "versions": checkpoint.versions,
     }
-    write(job.folder / "model.pt", partial(torch.save, model_of(options, data, fold, genotype, net, tests)))
-    write(job.folder / "result.json", as_json(about))
-    if ranks()[0] == 0:  # also what a kill has left half written
-        for file in job.folder.glob("checkpoint.pt*"):
-            file.unlink()
+    # As a text: the bytes of a pickle depend on which objects are the same, and so on what came out of a checkpoint.
+    weights = {name: t.cpu().contiguous() for name, t in net.state_dict().items()}
+    statistics = [data.mean[0].clone(), data.std[0].clone()] if options.normalise == "train" else None  # (F,) each
+    model = {"about": json.dumps(about), "statistics": statistics, "weights": weights}
+    write(folder / "model.pt", partial(torch.save, model))
+    seconds = {stage: sum(row["seconds"] for row in checkpoint.rows if row["stage"] == stage) for stage in STAGES}
+    about |= {"device": f"{device}, {torch.get_num_threads()} threads", "peak_gb": peak_memory(device),
+              "seconds": seconds, "log": checkpoint.rows}
+    write(folder / "result.json", json.dumps(about, indent=1))
+    for file in folder.glob("checkpoint.pt*"):  # also what a kill has left half written
+        file.unlink()
 
 
-def model_of(options, data, fold, genotype, net, tests):
-    """What model.pt holds: all that it takes to use the network, and what it says of itself."""
-    settings, statistics = feature_settings(options), None
-    if options.normalise != "speaker":
-        statistics = {"mean": data.mean.cpu().T.contiguous(), "std": data.std.cpu().T.contiguous()}  # (F, 1)
-    said = [f"trained   {options.dataset}, protocol {options.protocol}, {options.epochs} epochs, speakers "
-            + features.listed(data.speakers(fold.train), 24)]
-    said += [f"test      {test['name']}: UA {percent(test['ua'])}, WA {percent(test['wa'])} of "
-             f"{np.sum(test['confusion'])} utterances" for test in tests]
-    said += [f"note      {note}" for note in notes_of(options, data.store.bad)]
-    said += [f"classes   {', '.join(data.classes)}",
-             f"hears     {options.features}, windows of {options.window:g} s, statistics: {options.normalise}",
-             f"network   {options.model}, {sum(p.numel() for p in net.weights()):,} weights",
-             "versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()),
-             *str(genotype or "").splitlines()]
-    return {
-        "format": "emodarts-2",
-        "model": options.model,
-        "sizes": network_sizes(options),
-        "genotype": genotype.to_json() if genotype else None,
-        "classes": list(data.classes),
-        "features": asdict(settings),
-        "statistics": statistics,
-        "weights": {name: t.cpu().contiguous() for name, t in net.state_dict().items()},
-        "said": said,
-    }
-
-
-def score(net, data, name, members, folder, of_another=False):
-    """Scores utterances once, and writes a row of predictions for each. -> what result.json says of them. `set` names
-    the test sets that are averaged over folds."""
-    logits = predict(net, data, members)
-    confusion = confusion_matrix(data.labels[members], logits.argmax(1), len(data.classes))
-    official = of_another or data.listing.utterances[members[0]].split
-    out = io.StringIO(newline="")
-    rows = csv.writer(out)
-    rows.writerow(["utterance", "label", "predicted", *data.classes])
-    for i, p in zip(members, softmax(logits, axis=1)):
-        u = data.listing.utterances[i]
-        rows.writerow([data.listing.name(u), u.label, data.classes[p.argmax()], *(f"{v:.9g}" for v in p)])
-    file = f"predictions-{name}.csv" if official else "predictions.csv"
-    write(folder / file, out.getvalue().encode(errors="surrogateescape"))
-    return {"name": name, "set": name if official else "test", "speakers": data.speakers(members), "ua": ua(confusion),
-            "wa": wa(confusion), "confusion": confusion.tolist(), "predictions": file}
-
-
-@torch.no_grad()
-def predict(net, data, utterances, batch=64, statistics=True):
-    """Logits of whole utterances, (utterances, classes): the mean over their windows. Without `statistics` batch norm
-    goes by the batch."""
-    net.eval()
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not statistics:  # also SyncBatchNorm
-            module.train()
-    window, of = data.windows(utterances)
-    logits = torch.cat([net(data.maps(part)) for part in window.split(batch)]).cpu().double()
-    total = torch.zeros(len(utterances), logits.shape[1], dtype=logits.dtype).index_add_(0, of, logits)
-    return (total / torch.bincount(of)[:, None]).numpy()
+def find(options, data, fold, checkpoint):
+    """The first stage of a fold. -> the Genotype that is given, or found by a search; None of a baseline."""
+    if checkpoint.stage == "search":
+        genotype = given_genotype(options)
+        if searches(options):
+            torch.manual_seed(seed_of(options.seed, checkpoint.fold, "supernet"))
+            net = on(data.device, network(options, len(data.classes)))
+            genotype = search(net, data, fold.train, options, checkpoint)
+            checkpoint.decision = decision(net, genotype, data, fold.validation)
+            say(f"fold {checkpoint.fold} found\n{genotype}")
+        checkpoint.search_done(genotype)
+    return Genotype.from_json(checkpoint.genotype) if checkpoint.genotype else None
 
 
 def decision(net, genotype, data, validation):
     """Has the search decided? Entropy of the alphas, and the discretisation gap: validation UA of the supernet's
     weights with all operations, and with only the genotype's. BN goes by the batch: its statistics are those of all."""
+    for module in net.modules():  # children come behind their parents, who speak for all of them
+        module.train(isinstance(module, nn.BatchNorm2d))
     with without_statistics(net):
-        mixed = predict(net, data, validation, statistics=False)
+        mixed = predict(net, data, validation)
         with decided(net, genotype):
-            alone = predict(net, data, validation, statistics=False)
-    labels, classes = data.labels[validation], len(data.classes)
-    gap = [ua(confusion_matrix(labels, logits.argmax(1), classes)) for logits in (mixed, alone)]
+            alone = predict(net, data, validation)
+    gap = [ua(confusion_matrix(data, validation, logits)) for logits in (mixed, alone)]
     return {"entropy": entropy(net), "ua_all_operations": gap[0], "ua_of_genotype": gap[1]}
 
 
-def confusion_matrix(labels, predicted, classes):
-    """(classes, classes), rows the true classes, columns the predicted ones. `classes`: how many there are."""
-    matrix = np.zeros((classes, classes), dtype=int)
-    np.add.at(matrix, (labels, predicted), 1)
+def score(net, data, name, members, folder):
+    """Scores utterances once, and writes a row of predictions for each. -> what result.json says of them."""
+    logits = predict(net.eval(), data, members)
+    confusion = confusion_matrix(data, members, logits)
+    rows = [["utterance", "label", "predicted", *data.classes]]
+    for i, p in zip(members, logits.softmax(1).tolist()):
+        u = data.listing.utterances[i]
+        rows.append([data.listing.name(u), u.label, data.classes[np.argmax(p)], *(f"{v:.9g}" for v in p)])
+    file = "predictions.csv" if name == "test" else f"predictions-{name}.csv"
+    write(folder / file, as_csv(rows))
+    about = {"name": name, "speakers": data.speakers(members), "predictions": file, "confusion": confusion.tolist()}
+    return about | {metric: function(confusion) for metric, function in METRICS.items()}
+
+
+@torch.no_grad()
+def predict(net, data, utterances, batch=64):
+    """Logits of whole utterances, (utterances, classes): the mean over their windows."""
+    window, of = data.windows(utterances)
+    logits = torch.cat([net(data.maps(part)) for part in window.split(batch)]).cpu().double()
+    total = torch.zeros(len(utterances), logits.shape[1], dtype=logits.dtype).index_add_(0, of, logits)
+    return total / torch.bincount(of)[:, None]
+
+
+def confusion_matrix(data, utterances, logits):
+    """(classes, classes), rows the true classes, columns the predicted ones."""
+    matrix = np.zeros((len(data.classes), len(data.classes)), dtype=int)
+    np.add.at(matrix, (data.labels[utterances], logits.argmax(1).numpy()), 1)
     return matrix
 
 
@@ -787,383 +604,199 @@ def wa(confusion):
     return float(confusion.trace() / confusion.sum())
 
 
+METRICS = {"UA": ua, "WA": wa}  # columns of the tables: functions of the confusion matrix of a fold's test speakers
+
+
 # What outlives the process -------------------------------------------------------------------------------------------
 # Files that are whole or not there, and a checkpoint from which the next process goes on with the very next step. Kill,
 # power cut and Ctrl-C are one case. What is read back is data: nothing is executed.
-ANEW = "delete it, and its fold starts anew"
 SAVE_EVERY = 30  # seconds between two checkpoints, or as many times what one takes, where it takes more than a second
-COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips_normal", "skips_reduce", "skips_seq",
-           "val_ua", "val_wa", "seconds")  # of log.csv
+STAGES = ("search", "train")
+COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips", "val_ua", "val_wa", "seconds")
 
 
 def write(file, content):
-    """Writes bytes, or what the function `content` writes: all of it or, when the process dies, nothing. Of ranks that
-    share the steps the first one alone writes."""
-    if ranks()[0]:
-        return
+    """Writes a text, or what the function `content` writes: all of it or, when the process dies, nothing."""
     part = file.with_name(file.name + ".part")
-    try:
-        with open(part, "wb") as out:
-            if callable(content):
-                content(out)
-            else:
-                out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-    except Exception as error:  # a full disk: make room again; torch hides what the disk said
-        part.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with open(part, "wb") as out:
+        content(out) if callable(content) else out.write(content.encode(errors="surrogateescape"))
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(part, file)
 
 
+def as_csv(rows):
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
+
+
 @contextmanager
-def reading(file, remedy):
-    """Inside, a file is read. Whatever it provokes, and a hostile one may provoke anything, is an InputError."""
+def reading(file):
+    """Inside, a file is read. Whatever it provokes, and a damaged one may provoke anything, is an InputError."""
     try:
-        yield
+        yield file
+    except (InputError, MemoryError):
+        raise
     except Exception as error:
-        if isinstance(error, MemoryError):  # no reason to delete anything
-            raise
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is damaged or not of this program's version ({why:.150}); {remedy}") from None
+        raise InputError(f"{file} is damaged, or of another version ({why:.150}); delete it, or name another") from None
 
 
-def load_file(file):
-    """What torch.save wrote. Its check sums are looked at, which torch.load does not do."""
-    with zipfile.ZipFile(file) as archive:
-        if archive.testzip():
-            raise ValueError("its check sums are wrong")
-    return torch.load(file, map_location="cpu", weights_only=True)
+@cache
+def versions():
+    """What a result is made by: commit, digest of the three files (there may be no git), packages."""
+    here, commit = Path(__file__).parent, ""
+    code = hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in ("emodarts", "features", "train")))
+    with suppress(OSError):  # no git
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return (f"commit {commit or 'unknown'}, code {code.hexdigest()[:8]}, python {platform.python_version()}, "
+            f"torch {torch.__version__}, torchaudio {torchaudio.__version__}")
 
 
-class Keeper:
-    """Where a fold stands: stage, epoch, step, sums of the epoch so far, rows of log.csv, seconds; and, as `parts`, the
-    networks and optimisers of the stage. In memory, and every 30 s in checkpoint.pt."""
+def refuse_another_run(file, settings, options):
+    """`settings` stand in a file of a run folder; those of the command must be the same."""
+    mine = settings_of(options)
+    differ = [f"{name} ({settings.get(name)!s:.60} there, {mine[name]!s:.60} here)" for name in mine
+              if settings.get(name) != mine[name]]
+    if differ:
+        said = "with other settings: " + ", ".join(differ)
+        if settings.get("data") != mine["data"]:
+            said = "of other data: recordings, labels, speakers or splits are not those that were found now"
+        raise InputError(f"{file} is of a run {said}; give another --out")
 
-    KEPT = ("key", "stage", "epoch", "step", "sums", "genotype", "decision", "rows", "seconds")
 
-    def __init__(self, job, progress):
-        self.job, self.fold, self.progress, self.file = job, job.fold, progress, job.folder / "checkpoint.pt"
-        self.key = f"{key_of(job.options)}, fold {job.fold}"
-        self.stage, self.epoch, self.step, self.rows = "search", 0, 0, []
-        self.genotype = self.decision = None
-        self.sums = {"loss": 0.0, "alpha_loss": 0.0, "seconds": 0.0}
-        self.seconds = {"search": 0.0, "train": 0.0}
-        self.parts, self.wait = {}, SAVE_EVERY
-        self.saved = self.mark = time.perf_counter()
+class Checkpoint:
+    """Where a fold stands: stage, epoch, step, sums of the epoch so far, rows of log.csv, what the search found; and as
+    `parts` the networks and optimisers of the stage. In memory, and every 30 s in checkpoint.pt."""
+
+    KEPT = ("fold", "settings", "stage", "epoch", "step", "sums", "rows", "genotype", "decision", "versions")
+
+    def __init__(self, options, fold, folds):
+        self.options, self.fold, self.file = options, fold, folder_of(options, fold) / "checkpoint.pt"
+        self.name = f"{options.model}, seed {options.seed}, fold {fold} of {folds}"
+        self.settings, self.genotype, self.decision, self.parts = settings_of(options), None, None, {}
+        self.stage, self.epoch, self.step, self.sums, self.rows = "search", 0, 0, {}, []
+        self.versions = [versions()]
+        self.epoch_began = time.perf_counter()
+        self.next_save = self.epoch_began + SAVE_EVERY
         if self.file.exists():
-            with reading(self.file, ANEW):
-                found = load_file(self.file)
-                if found["key"] != self.key:
-                    raise ValueError("of another run or fold")
+            with reading(self.file):
+                found = torch.load(self.file, map_location="cpu", weights_only=True)
+                if found["fold"] != fold:
+                    raise ValueError("it is of another fold")
+                refuse_another_run(self.file, found["settings"], options)
                 for name in (*self.KEPT, "parts"):
                     setattr(self, name, found[name])
-                self.genotype = Genotype.from_json(self.genotype) if self.genotype else None
-                where = f"{self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
-            progress.say(f"fold {self.fold}: goes on with {where}")
+            if versions() not in self.versions:
+                self.versions.append(versions())
+            say(f"goes on with {self.where()}")
+
+    def where(self):
+        return f"fold {self.fold}, {self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
 
     def resume(self, **parts):
         """The parts of this stage, new ones, become what they were."""
         if self.parts:
-            with reading(self.file, ANEW):
+            with reading(self.file):
                 for name, part in parts.items():
                     part.load_state_dict(self.parts[name])
-        self.parts, self.mark = parts, time.perf_counter()
+        self.parts, self.epoch_began = parts, time.perf_counter()
 
-    def step_done(self):
+    def step_done(self, losses):
         self.step += 1
-        if time.perf_counter() - self.saved >= self.wait:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if time.perf_counter() >= self.next_save:
             self.save()
 
-    def epoch_done(self, lr, steps, **row):
-        self.tick()
-        row |= {"stage": self.stage, "epoch": self.epoch + 1, "lr": lr, "loss": self.sums["loss"] / steps}
-        if self.sums["alpha_loss"]:  # of an epoch in which the alphas moved
-            row["alpha_loss"] = self.sums["alpha_loss"] / steps
-        row["seconds"] = self.sums["seconds"]
-        self.rows.append({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, dict.fromkeys(self.sums, 0.0)
-        out = io.StringIO(newline="")
-        table = csv.DictWriter(out, COLUMNS)
-        table.writeheader()
-        table.writerows(self.rows)
-        write(self.job.folder / "log.csv", out.getvalue().encode())
-        self.progress.epoch(self.job, self.rows[-1])
+    def epoch_done(self, **row):
+        now = time.perf_counter()
+        row |= {name: value / self.step for name, value in self.sums.items()} | {"seconds": now - self.epoch_began}
+        row = {name: round(value, 6) for name, value in row.items()}
+        self.epoch, self.step, self.sums, self.epoch_began = self.epoch + 1, 0, {}, now
+        self.rows.append({"stage": self.stage, "epoch": self.epoch} | row)
+        table = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in self.rows)]
+        write(self.file.with_name("log.csv"), as_csv(table))
+        epochs = {"search": self.options.search_epochs, "train": self.options.epochs}
+        left = epochs[self.stage] - self.epoch + (epochs["train"] if self.stage == "search" else 0)
+        said = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        say(f"{self.name}  {self.stage} {self.epoch}/{epochs[self.stage]}  {said}  {left * row['seconds']:.0f} s left")
 
     def search_done(self, genotype):
-        self.tick()
         self.stage, self.epoch, self.parts = "train", 0, {}
-        self.genotype = genotype
+        self.genotype = genotype.to_json() if genotype else None
         self.save()
 
-    def tick(self):
-        now = time.perf_counter()
-        self.seconds[self.stage] += now - self.mark
-        self.sums["seconds"] += now - self.mark
-        self.mark = now
-
     def save(self):
-        self.tick()
+        began = time.perf_counter()
         state = {name: getattr(self, name) for name in self.KEPT}
-        state["genotype"] = self.genotype.to_json() if self.genotype else None
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
         write(self.file, partial(torch.save, state))
-        self.saved = time.perf_counter()
-        self.wait = SAVE_EVERY * max(1.0, self.saved - self.mark)
+        ended = time.perf_counter()
+        self.next_save = ended + SAVE_EVERY * max(1.0, ended - began)
+
+
+def say(text):
+    print(text + "\n", end="", flush=True)  # in one write: processes share a log
 
 
 # Many processes ------------------------------------------------------------------------------------------------------
-# A fold belongs to whoever holds its lock, be that another shell, a job of a cluster or a rank of torchrun; where
-# torchrun has more ranks than there are jobs, all of them share each step (data parallel).
-def torchrun():
-    """-> (number of this process, number of processes) of torchrun; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank of torchrun. A dead
+# process' lock is free. Nobody waits: who sees all folds finished prints the table, and so does the same command later.
+def work(jobs, compute):
+    """Computes the jobs that are neither finished nor in another process' hands. -> whether all are finished now"""
+    for options, k in [job for job in jobs if not finished(*job)]:
+        with lock(folder_of(options, k) / "lock", wait=False) as mine:
+            if mine and not finished(options, k):
+                compute(options, k)
+    return all(finished(*job) for job in jobs)
 
 
-def ranks():
-    """-> (number of this rank, number of ranks) that share each step; (0, 1) where none do."""
-    there = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
-
-
-def share_steps(options, device):
-    """From here on `ranks` are those of torchrun."""
-    rank, world = torchrun()
-    if options.batch < 2 * world:  # batches of equal size can be half of --batch
-        raise InputError(f"{world} ranks share batches of --batch {options.batch}, and each needs a part; give --batch "
-                         f"{2 * world}, or fewer ranks")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # An optimizer's first step imports this, and it keeps a process group that it finds for good (torch 2.11): the
-    # group's threads would then meet the interpreter's end, and may abort it.
-    importlib.import_module("torch._dynamo")
-    store, rank, world = next(distributed.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with the addresses of the dead
-        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def reduced(loss, gradients):
-    """-> their sums over all ranks, by one all_reduce of one buffer: the same bits on every rank."""
-    if ranks()[1] == 1:
-        return loss, gradients
-    flat = torch.cat([t.reshape(-1) for t in (loss, *gradients)])  # (1 + number of parameters,)
-    distributed.all_reduce(flat)
-    loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
-    return loss[0], [part.view_as(g) for part, g in zip(parts, gradients)]
-
-
-def agreed(value):
-    """What the first of the ranks that share the steps says."""
-    out = [value]
-    if ranks()[1] > 1:
-        distributed.broadcast_object_list(out)
-    return out[0]
-
-
-def work(jobs, compute, progress):
-    """Computes the jobs that are neither finished nor in another process' hands, until all of them are finished."""
-    pause = 0.5
-    while left := agreed([job for job in jobs if not job.finished()]):
-        took = 0
-        for job in left:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            with lock(job.folder / "lock", wait=False) if ranks()[0] == 0 else nullcontext() as mine:
-                if agreed(mine and not job.finished()):
-                    compute(job)
-                    took += 1
-        if not took:
-            if pause == 0.5:
-                progress.say(f"waits for {len(left)} folds that other processes compute")
-            pause = min(2 * pause, 15)
-            time.sleep(pause)
-
-
-class Progress:
-    """One line an epoch, with the time left; on a terminal it overwrites the one before."""
-
-    def __init__(self, jobs):
-        rank, world = torchrun()
-        self.sharing = world if ranks()[1] == 1 else 1  # processes that are known to take folds of their own
-        self.prefix = f"rank {rank}: " if self.sharing > 1 else ""
-        self.terminal = sys.stdout.isatty() and world == 1
-        self.jobs, self.seconds = jobs, {}  # (model, stage) -> seconds of each epoch so far
-
-    def epoch(self, job, row):
-        options, stage = job.options, row["stage"]
-        self.seconds.setdefault((options.model, stage), []).append(row["seconds"])
-        if stage == "search":
-            total, seen = options.search_epochs, f"entropy {row['entropy']:.3f}"
-        else:
-            total, seen = options.epochs, f"validation UA {100 * row['val_ua']:5.1f}"
-        self.say(f"{options.model}, seed {options.seed}, fold {job.fold}  {stage:6} {row['epoch']:3}/{total}  "
-                 f"{duration(self.left(job, row)):>6} left  loss {row['loss']:.3f}  {seen}", passing=True)
-
-    def left(self, job, row):
-        """Seconds left: epochs times what an epoch took, of a kind not seen yet as long as of the fastest kind."""
-        mean = {kind: float(np.mean(seconds)) for kind, seconds in self.seconds.items()}
-        total = 0.0
-        for other in self.jobs:
-            options = other.options
-            epochs = {"search": options.search_epochs * searches(options), "train": options.epochs}
-            if other == job:
-                epochs["search"] *= row["stage"] == "search"
-                epochs[row["stage"]] -= row["epoch"]
-            if not other.finished():
-                fastest = min(mean.values())
-                total += sum(n * mean.get((options.model, stage), fastest) for stage, n in epochs.items())
-        return total / self.sharing
-
-    def say(self, text, passing=False):
-        if ranks()[0]:
-            return
-        if self.terminal and passing:  # what wraps could not be overwritten
-            print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        else:
-            text += "\n"  # in the same write: ranks share a log
-            print("\r\033[K" * self.terminal + self.prefix + text, end="", flush=True)
-
-
-def duration(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def finished(options, k):
+    """-> what result.json says of a fold; None while there is none."""
+    file = folder_of(options, k) / "result.json"
+    if not file.exists():
+        return None
+    with reading(file):
+        result = json.loads(file.read_text())
+        refuse_another_run(file, result["settings"], options)
+    return result
 
 
 # Results: functions of the result.json files alone, so that they can be made again at any time -----------------------
-def results_of(options, listing, chosen, bad):
-    """-> what results.json holds of a run whose folds are finished."""
-    folds = []
-    for k in chosen:
-        file = out_folder(options) / f"fold{k}" / "result.json"
-        with reading(file, ANEW):
-            folds.append(json.loads(file.read_text()))
-            for test in folds[-1]["tests"]:
-                confusion = np.array(test["confusion"])
-                if (test["ua"], test["wa"]) != (ua(confusion), wa(confusion)):
-                    raise ValueError("its accuracies are not those of its confusion matrix")
-    sets = {test["set"]: summary(tests_of(folds, test["set"])) for test in folds[0]["tests"]}
-    return {"dataset": options.dataset, "protocol": options.protocol, "classes": list(listing.classes),
-            "notes": notes_of(options, bad), "skipped": list(bad.values()), "sets": sets,
-            "decided": list(decided_text(folds, options)), "folds": folds}
-
-
 def notes_of(options, bad):
-    notes = []
-    if options.dataset == "smoke":
-        notes.append("smoke is a smoke test with generated sounds, not speech: its figures say nothing about a network")
-    if options.normalise == "speaker":
-        notes.append("normalised by each speaker's own statistics, which uses the test speakers' unlabelled audio")
-    if options.poison:
-        notes.append(f"not speaker-independent: {100 * options.poison:g} % of the test utterances were trained on")
-    if bad:
-        notes.append(f"{len(bad)} recordings cannot be used and were skipped; results.json names them")
-    return notes
+    notes = {
+        "smoke is a smoke test with generated sounds, not speech": options.dataset == "smoke",
+        "normalised by each speaker's own statistics, which uses unlabelled audio of the test speakers":
+            options.normalise == "speaker",
+        f"not speaker-independent: {100 * options.poison:g} % of the test utterances were trained on": options.poison,
+        f"{len(bad)} recordings cannot be used and were skipped; results.json names them": bad,
+    }
+    return [note for note, true in notes.items() if true]
 
 
-def tests_of(folds, name):
-    """The tests of each fold on the set of this name."""
-    return [test for fold in folds for test in fold["tests"] if test["set"] == name]
+def made_by_others(folds):
+    """-> one line, in a list, where results are of other code or packages than those that print them."""
+    seen, mine = {text for fold in folds for text in fold["versions"]}, versions().partition(", ")[2]
+    others = [text for text in sorted(seen) if text.partition(", ")[2] != mine]  # a commit may change README alone
+    return [f"made by other code than today's: {'; '.join(others)}"] if others else []
 
 
-def summary(tests):
-    """Mean, standard deviation (ddof 1; none of a single fold) and pooled value of UA and WA over folds, in 0..1."""
-    pooled = sum(np.array(test["confusion"]) for test in tests)
-    out = {}
-    for name, metric in (("ua", ua), ("wa", wa)):
-        values = [test[name] for test in tests]
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        out[name] = {"mean": float(np.mean(values)), "std": std, "pooled": metric(pooled)}
-    return out
+def sets_of(folds):
+    """{name of a set of test speakers: what each fold says of it}"""
+    return {test["name"]: [fold["tests"][n] for fold in folds] for n, test in enumerate(folds[0]["tests"])}
+
+
+def metrics_of(runs, name):
+    """Folds of each seed -> {metric: (seeds, folds)} on a set of test speakers."""
+    tests = [sets_of(folds)[name] for folds in runs]
+    return {metric: np.array([[test[metric] for test in of_seed] for of_seed in tests]) for metric in METRICS}
 
 
 def percent(value):
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def table(results):
-    """The table that a run ends with, in percent; one for each set of test speakers."""
-    for name, whole in results["sets"].items():
-        rows = []
-        for fold, test in zip(results["folds"], tests_of(results["folds"], name)):
-            seconds = [f"{fold['seconds'][stage]:.0f} s" for stage in ("search", "train")]
-            rows.append([fold["fold"], test["name"], features.listed(fold["validation"], 4), np.sum(test["confusion"]),
-                         percent(test["ua"]), percent(test["wa"]), f"{fold['parameters']:,}", *seconds])
-        for key in ("mean", "std", "pooled"):
-            rows.append([key, "", "", "", percent(whole["ua"][key]), percent(whole["wa"][key]), "", "", ""])
-        yield ["fold", "test", "validation", "utterances", "UA", "WA", "parameters", "search", "training"], rows
-
-
-def as_json(about):
-    return (json.dumps(about, indent=1) + "\n").encode()
-
-
-def markdown(head, rows):
-    """A table in Markdown, aligned for those who read it as it is."""
-    lines = [[str(cell) for cell in row] for row in (head, *rows)]
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in wide])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, wide)) + " |" for line in lines)
-
-
-def finish(options, listing, chosen, bad):
-    """Of a run whose folds are finished: writes results.json and report.md, prints the table. -> the results."""
-    folder, results = out_folder(options), results_of(options, listing, chosen, bad)
-    write(folder / "results.json", as_json(results))
-    write(folder / "report.md", report(folder, results, options).encode(errors="replace"))
-    print(f"\n{options.dataset}, protocol {options.protocol}: {options.model}, seed {options.seed}")
-    for head, rows in table(results):
-        print(markdown(head, rows))
-    print(*results["notes"], f"report.md, results, genotypes, logs, models and predictions are in {folder}", sep="\n")
-    return results
-
-
-def compare(options, runs, results):
-    """A row for each model, and for the ensemble of its seeds. Prints the table, and writes it as comparison.md and,
-    with UA and WA of each seed and fold, as comparison.json. The others are tested against the first model."""
-    models = {}  # model -> its (options, results), one a seed
-    for run, result in zip(runs, results):
-        models.setdefault(run.model, []).append((run, result))
-    first, rows, notes = runs[0].model, [], list(results[0]["notes"])
-    for name in results[0]["sets"]:
-        values = {model: accuracies(seeds, name) for model, seeds in models.items()}  # (seeds, folds, 2)
-        together = {model: ensemble(seeds[: options.seeds], name) for model, seeds in models.items() if len(seeds) > 1}
-        for model, seeds in models.items():
-            rows.append({"set": name, "model": model, **against(values[model], values[first]), **costs(seeds)})
-            if model in together:
-                about = against(together[model], together.get(first, values[first]))
-                rows.append({"set": name, "model": f"{model}, ensemble", **about})
-        if "random" in values and first != "random":
-            better = (values["random"][..., 0].mean(axis=1) > values[first][..., 0].mean()).sum()
-            notes.append(f"{name}: {better} of {len(values['random'])} random genotypes have a higher UA than {first}")
-    heads = [head for head in rows[0] if head not in ("ua", "wa")]
-    text = "\n\n".join([
-        markdown(heads, [[row.get(head, "") for head in heads] for row in rows]),
-        "UA and WA in percent: mean over folds ± standard deviation over folds (± over seeds); p: paired t-test over "
-        f"folds against {first}, seeds averaged first, an ensemble against the ensemble; MACs: of 8 s", *notes,
-    ])
-    folder = out_folder(options)
-    about = {"command": command(), "settings": settings_of(options), "versions": versions(), "notes": notes}
-    write(folder / "comparison.json", as_json(about | {"rows": rows}))
-    write(folder / "comparison.md", (text + "\n").encode())
-    print(f"\n{text}\n\nthe same as JSON and Markdown, and all runs, are in {folder}")
-
-
-def accuracies(seeds, name):
-    """UA and WA on a set of test speakers, (seeds, folds, 2)."""
-    tests = [tests_of(result["folds"], name) for _, result in seeds]
-    return np.array([[(test["ua"], test["wa"]) for test in of_folds] for of_folds in tests])
-
-
-def against(values, reference):
-    """(seeds, folds, 2) of a model, and of what it is tested against -> cells of its row. Seeds are averaged first."""
-    difference = (values.mean(axis=0) - reference.mean(axis=0))[:, 0]
-    p = ""
-    if len(difference) > 1 and np.ptp(difference) > 1e-12:
-        p = f"{stats.ttest_1samp(difference, 0).pvalue:.2g}"
-    return {"seeds": len(values), "UA": spread(values[..., 0]), "WA": spread(values[..., 1]), "p": p,
-            "ua": values[..., 0].tolist(), "wa": values[..., 1].tolist()}
+    return f"{100 * value:.1f}"
 
 
 def spread(values):
@@ -1177,75 +810,121 @@ def spread(values):
     return text
 
 
-def costs(seeds):
-    """What the runs of a model took, on average over folds and seeds."""
-    folds = [fold for _, result in seeds for fold in result["folds"]]
-    mean = {key: np.mean([fold[key] for fold in folds]) for key in ("validation_ua", "parameters", "macs")}
-    seconds = {stage: np.mean([fold["seconds"][stage] for fold in folds]) for stage in ("search", "train")}
-    return {"validation UA": percent(mean["validation_ua"]), "weights": f"{mean['parameters']:,.0f}",
-            "MACs": f"{mean['macs'] / 1e6:,.1f} M", "search": f"{seconds['search']:.0f} s",
-            "training": f"{seconds['train']:.0f} s", "peak": f"{max(fold['peak_gb'] for fold in folds):.2f} GB"}
+def unit(folds):
+    return f"UA (unweighted accuracy, by chance {100 / len(folds[0]['classes']):.3g}), WA (weighted accuracy): percent"
 
 
-def ensemble(seeds, name):
-    """-> UA and WA of each fold, (1, folds, 2), when the seeds' logits are averaged. The predictions hold
-    probabilities: their logarithms are the logits up to a constant for each utterance, which changes nothing."""
-    out = []
-    for folds in zip(*(result["folds"] for _, result in seeds)):
+def markdown(head, rows):
+    """A table in Markdown, aligned for those who read it as it is."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in wide])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, wide)) + " |" for line in lines)
+
+
+def table(folds, name, tests, cell=str):
+    """What a run ends with: a row for each fold; mean, standard deviation (ddof 1) and pooled value of the metrics."""
+    rows, confusion = [], sum(np.array(test["confusion"]) for test in tests)
+    for fold, test in zip(folds, tests):
+        speakers = [features.listed(names, 4) for names in (test["speakers"], fold["validation"])]
+        costs = [f"{fold['parameters']:,}", *(f"{seconds:.0f} s" for seconds in fold["seconds"].values())]
+        rows.append([fold["fold"], *map(cell, speakers), np.sum(test["confusion"]),
+                     *(percent(test[metric]) for metric in METRICS), *costs])
+    rows.append(["mean ± std", "", "", "", *map(spread, metrics_of([folds], name).values()), "", "", ""])
+    rows.append(["pooled", "", "", "", *(percent(metric(confusion)) for metric in METRICS.values()), "", "", ""])
+    return markdown(["fold", name, "validation", "utterances", *METRICS, "parameters", "search", "training"], rows)
+
+
+def finish(options, chosen):
+    """Of a run whose folds are finished: writes results.json and report.md, then prints the table."""
+    folds, folder = [finished(options, k) for k in chosen], folder_of(options)
+    write(folder / "results.json", json.dumps({"settings": settings_of(options), "folds": folds}))
+    write(folder / "report.md", report(folds, options))
+    print(f"\n{options.dataset}, protocol {options.protocol}: {options.model}, seed {options.seed}")
+    print(*(table(folds, *tests) for tests in sets_of(folds).items()), unit(folds), *folds[0]["notes"],
+          *made_by_others(folds), sep="\n")
+    print(f"report.md, results, genotypes, logs, models and predictions are in {folder}")
+
+
+def compare(options, runs, chosen):
+    """A row for each model, and for the ensemble of its seeds, which are tested against the first one, resp. its
+    ensemble. Writes results.json, with the figures of each seed and fold, and comparison.md; then prints the table."""
+    models, rows, reference = {}, [], {}  # model -> the folds of each seed
+    for run in runs:
+        models.setdefault(run.model, []).append([finished(run, k) | {"folder": folder_of(run, k)} for k in chosen])
+    for model in [model for model, seeds in models.items() if len(seeds) > 1]:
+        models[f"{model}, ensemble"] = [[ensemble(fold) for fold in zip(*models[model][: options.seeds])]]
+    for name in sets_of(models[options.model][0]):
+        for model, seeds in models.items():
+            values, folds = metrics_of(seeds, name), sum(seeds, [])
+            first = reference.setdefault((name, "ensemble" in model), values)
+            difference = values["UA"].mean(axis=0) - first["UA"].mean(axis=0)  # over seeds: what is paired are folds
+            differs = len(difference) > 1 and np.ptp(difference) > 1e-12
+            p = f"{stats.ttest_1samp(difference, 0).pvalue:.2g}" if differs else ""
+            rows.append({"set": name, "model": model, "seeds": len(seeds), "p": p})
+            rows[-1] |= {metric: spread(value) for metric, value in values.items()}
+            rows[-1] |= {f"{metric} of seeds, folds": value.tolist() for metric, value in values.items()}
+            if "ensemble" not in model:
+                seconds = [np.mean([fold["seconds"][stage] for fold in folds]) for stage in STAGES]
+                seen = np.array([[fold["validation_ua"] for fold in of_seed] for of_seed in seeds])
+                rows[-1] |= {
+                    "validation UA": spread(seen), "validation UA of seeds, folds": seen.tolist(),
+                    "weights": f"{np.mean([fold['parameters'] for fold in folds]):,.0f}",
+                    "search": f"{seconds[0]:.0f} s", "training": f"{seconds[1]:.0f} s",
+                    "peak": f"{max((fold['peak_gb'] for fold in folds if fold['peak_gb']), default=math.nan):.2f} GB"}
+    everything, folder = [fold for seeds in models.values() for fold in sum(seeds, [])], folder_of(options)
+    heads = [head for head, value in rows[0].items() if not isinstance(value, list)]
+    text = "\n\n".join([
+        markdown(heads, [[row.get(head, "") for head in heads] for row in rows]),
+        f"{unit(everything)}; mean over folds ± standard deviation over folds (± over seeds); p: paired t-test of UA "
+        "over folds against the first row, of ensembles against the first of them, seeds averaged first", *everything[0]["notes"], *made_by_others(everything)])
+    about = {"settings": settings_of(options), "versions": everything[0]["versions"], "rows": rows}
+    write(folder / "results.json", json.dumps(about, indent=1))
+    write(folder / "comparison.md", text + "\n")
+    print(f"\n{text}\n\nthe same as comparison.md and results.json, and all runs, are in {folder}")
+
+
+def ensemble(seeds):
+    """The same fold of several seeds -> the fold when their logits are averaged. The predictions hold probabilities:
+    their logarithms are the logits up to a constant for each utterance, which changes nothing."""
+    tests = []
+    for same in zip(*(fold["tests"] for fold in seeds)):
         logits = 0
-        for (run, _), fold in zip(seeds, folds):
-            (test,) = tests_of([fold], name)
-            file = out_folder(run) / f"fold{fold['fold']}" / test["predictions"]
-            with reading(file, "delete the result.json beside it, and its fold starts anew"):
-                rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))
-                classes = rows[0][3:]
-                labels = np.array([classes.index(row[1]) for row in rows[1:]])
-                logits += np.log(np.maximum(np.array([row[3:] for row in rows[1:]], dtype=float), 1e-300))
-        confusion = confusion_matrix(labels, logits.argmax(1), len(classes))
-        out.append([ua(confusion), wa(confusion)])
-    return np.array(out)[None]
+        for fold, test in zip(seeds, same):
+            with reading(fold["folder"] / test["predictions"]) as file:
+                rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))[1:]
+                logits += np.log(np.maximum(np.array([row[3:] for row in rows], dtype=float), 1e-300))
+        data = Namespace(classes=fold["classes"], labels=np.array([fold["classes"].index(row[1]) for row in rows]))
+        confusion = confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))
+        tests.append({"name": test["name"], **{metric: of(confusion) for metric, of in METRICS.items()}})
+    return seeds[0] | {"tests": tests}
 
 
 # report.md -----------------------------------------------------------------------------------------------------------
-CURVES = (  # title, stage and column of log.csv, factor, top of the axis (None: the largest value)
-    ("search: loss of the weights", "search", "loss", 1, None),
-    ("search: loss of the alphas", "search", "alpha_loss", 1, None),
-    ("search: entropy of the alphas (1: undecided, 0: decided)", "search", "entropy", 1, 1),
-    ("training: loss", "train", "loss", 1, None),
-    ("training: UA of the validation speakers, percent", "train", "val_ua", 100, 100),
-)
-
-
-def report(folder, results, options):
-    """Made of results.json, log.csv and the settings alone. -> Markdown, with Mermaid graphs."""
-    folds = results["folds"]
-    title = f"# {plain(results['dataset'])}, protocol {results['protocol']}: {options.model}, seed {options.seed}"
-    text = [title, "Percent; mean and standard deviation over folds.", *map(plain, results["notes"]), "## Results"]
-    text += [markdown(head, rows) for head, rows in table(results)]
+def report(folds, options):
+    """Made of the results alone. -> Markdown, with Mermaid graphs."""
+    text = [f"# {plain(options.dataset)}, protocol {options.protocol}: {options.model}, seed {options.seed}"]
+    text += [*map(plain, folds[0]["notes"]), "## Results", unit(folds)]
+    text += [table(folds, name, tests, plain) for name, tests in sets_of(folds).items()]
     text += ["## Confusion", "Rows: what it was. Columns: what it was taken for. All folds together."]
-    for name in results["sets"]:
-        pooled = sum(np.array(test["confusion"]) for test in tests_of(folds, name))
-        recalls = [percent(row[c] / row.sum()) if row.sum() else "-" for c, row in enumerate(pooled)]
-        heads = [name, *map(plain, results["classes"]), "recall, %"]
-        text.append(markdown(heads, [[c, *row, r] for c, row, r in zip(heads[1:], pooled, recalls)]))
-    genotypes = {fold["fold"]: fold["genotype"] for fold in folds if fold["genotype"]}  # none of a baseline
-    if genotypes:
-        text += ["## Has the search decided?", *results["decided"], "## The genotypes",
-                 "An edge is labelled with its operation; inputs 0 and 1 are the outputs of the two cells before. A "
-                 "search that collapses has `skip_connect` nearly everywhere."]
-    for k, genotype in genotypes.items():
-        graphs = "\n\n".join(graph(kind, cell) for kind, cell in genotype.items())
-        text.append(f"<details><summary>Fold {k}</summary>\n\n{graphs}\n\n</details>")
-    text.append("## Learning curves\n\nMeans over the folds, epoch by epoch.")
-    for title, stage, column, factor, top in CURVES:
-        values = [factor * v for v in curve(folder, folds, stage, column)]
-        if len(values) > 1:
-            axes = f'    x-axis 1 --> {len(values)}\n    y-axis 0 --> {top or 1.1 * max(values) or 1:.4g}'
-            points = ", ".join(f"{v:.4g}" for v in values)
-            text.append(f'```mermaid\nxychart-beta\n    title "{title}"\n{axes}\n    line [{points}]\n```')
-    settings = [[name, plain(value)] for name, value in (settings_of(options) | versions()).items()]
-    text += ["## Settings", f"    {command()}", markdown(["setting", "value"], settings)]
-    return "\n\n".join(text) + "\n"
+    for name, tests in sets_of(folds).items():
+        classes, confusion = [*map(plain, folds[0]["classes"])], sum(np.array(test["confusion"]) for test in tests)
+        recalls = [percent(row[c] / max(1, row.sum())) for c, row in enumerate(confusion)]
+        rows = [[c, *row, recall] for c, row, recall in zip(classes, confusion, recalls)]
+        text.append(markdown([name, *classes, "recall, %"], rows))
+    if folds[0]["decision"]:
+        text += ["## Has the search decided?", has_it_decided(folds, options)]
+    if folds[0]["genotype"]:  # none of a baseline
+        text += ["## The genotypes", "An edge is labelled with its operation; inputs 0 and 1 are the outputs of the "
+                 "two cells before. A search that collapses has `skip_connect` nearly everywhere."]
+        for n, fold in enumerate(folds):
+            graphs = "\n\n".join(graph(kind, cell) for kind, cell in fold["genotype"].items())
+            opened = "" if n else " open"  # the first one is there to be seen
+            text.append(f"<details{opened}><summary>Fold {fold['fold']}</summary>\n\n{graphs}\n\n</details>")
+    text += ["## Learning curves", "Means over the folds, epoch by epoch.", *curves(folds)]
+    made_by = sorted({("made by", text) for fold in folds for text in fold["versions"]})
+    settings = [[name, plain(value)] for name, value in [*made_by, *settings_of(options).items()]]
+    return "\n\n".join([*text, "## Settings", markdown(["setting", "value"], settings)]) + "\n"
 
 
 def plain(text):
@@ -1253,15 +932,22 @@ def plain(text):
     return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", " ".join(str(text).split()))
 
 
-def curve(folder, folds, stage, column):
-    """The mean of the folds at each epoch. The alphas have no loss while the weights warm up."""
-    values = []
-    for fold in folds:
-        file = folder / f"fold{fold['fold']}" / "log.csv"
-        with reading(file, "delete its fold's folder, and the fold starts anew"):
-            rows = csv.DictReader(io.StringIO(file.read_text()))
-            values.append([float(row[column]) for row in rows if row["stage"] == stage and row[column]])
-    return [np.mean(epoch) for epoch in zip(*values)]
+def has_it_decided(folds, options):
+    mean = {key: np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"]}
+    return (f"Entropy of the alphas at the end (1: undecided, 0: decided): {mean['entropy']:.4f}. Validation UA of the "
+            f"supernet's weights with all operations {percent(mean['ua_all_operations'])}, with those of the genotype "
+            f"alone {percent(mean['ua_of_genotype'])}. {agreement([fold['genotype'] for fold in folds], options)}")
+
+
+def agreement(genotypes, options):
+    """How many searched edges (operation and predecessor) two folds have in common, on average over pairs of folds, and
+    how many two random genotypes would: each keeps 2 of a node's i predecessors and one of n operations."""
+    fixed, spaces = fixed_cells(options).cells(), {"seq": SEQ_SPACES[options.seq_space]}
+    edges = [{(kind, i, *edge) for kind, cell in genotype.items() if kind not in fixed
+              for i, node in enumerate(cell, start=2) for edge in node} for genotype in genotypes]
+    common = np.mean([len(a & b) for a, b in itertools.combinations(edges, 2)] or [math.nan])
+    by_chance = sum(2 / i / len(set(spaces.get(kind, CNN_OPS)) - {"none"}) for kind, i, *_ in edges[0])
+    return f"Two folds have {common:.1f} of {len(edges[0])} edges in common, two random genotypes {by_chance:.1f}."
 
 
 def graph(kind, cell):
@@ -1274,108 +960,58 @@ def graph(kind, cell):
     return "\n".join([*lines, "```"])
 
 
-def agreement(genotypes, options):
-    """Searched edges that two folds' genotypes have in common (predecessor and operation), on average over all pairs
-    of folds; the same of random genotypes; and the share of 1,000 random sets that agree as much."""
-    rng, folds, draws = np.random.default_rng(0), len(genotypes), 1000
-    common, edges, chance = 0, 0, np.zeros(draws)
-    for kind, cell in genotypes[0].items():
-        if kind in fixed_cells(options).cells():
-            continue
-        ops = SEQ_SPACES[options.seq_space] if kind == "seq" else tuple(CNN_OPS)
-        for i in range(2, 2 + len(cell)):
-            found = Counter((op, j) for genotype in genotypes for op, j in genotype[kind][i - 2])
-            common += sum(n * (n - 1) / 2 for n in found.values())
-            edges += len(cell[i - 2])
-            kept = rng.random((draws, folds, i)).argsort(axis=2) < 2  # two predecessors, each pair equally likely
-            op = rng.integers(len(ops) - 1, size=kept.shape)  # never `none`
-            for k in range(len(ops) - 1):
-                n = (kept & (op == k)).sum(axis=1)
-                chance += (n * (n - 1) / 2).sum(axis=1)
-    pairs = folds * (folds - 1) / 2
-    return {"edges": edges, "common": common / pairs, "chance": chance.mean() / pairs,
-            "p": float((1 + (chance >= common).sum()) / (1 + draws))}
-
-
-def decided_text(folds, options):
-    """What `decision` and `agreement` found, in sentences."""
-    searched = [fold["decision"] for fold in folds if fold["decision"]]
-    if searched:
-        mean = {key: np.mean([decision[key] for decision in searched]) for key in searched[0]}
-        yield (f"Entropy of the alphas at the end (1: undecided, 0: decided): {mean['entropy']:.4f}. Validation UA of "
-               f"the supernet's weights with all operations {percent(mean['ua_all_operations'])}, with those of the "
-               f"genotype alone {percent(mean['ua_of_genotype'])}.")
-    if len(searched) > 1:
-        found = agreement([fold["genotype"] for fold in folds], options)
-        yield (f"Two folds' genotypes have {found['common']:.1f} of {found['edges']} edges in common, random ones "
-               f"{found['chance']:.1f}; {100 * found['p']:.2g} % of random sets agree as much.")
+def curves(folds):
+    """Each begins with the first epoch that has a value: in the warm-up the alphas have no loss."""
+    columns = {"loss": "loss of the weights", "alpha_loss": "loss of the alphas", "val_ua": "validation UA",
+               "entropy": "entropy of the alphas (1: undecided, 0: decided)"}
+    for stage, column in itertools.product(STAGES, columns):
+        logs = [[row for row in fold["log"] if row["stage"] == stage and column in row] for fold in folds]
+        values = [np.mean([row[column] for row in epoch]) for epoch in zip(*logs)]
+        if len(values) > 1:
+            first, points = logs[0][0]["epoch"], ", ".join(f"{value:.6g}" for value in values)
+            yield (f'```mermaid\nxychart-beta\n    title "{stage}: {columns[column]}"\n    x-axis {first} --> '
+                   f"{first + len(values) - 1}\n    line [{points}]\n```")  # Mermaid's own y-axis shows what moves
 
 
 # What it will cost ---------------------------------------------------------------------------------------------------
 def peak_memory(device):
-    """Most memory held since `reset_peak`, GB: on a GPU by tensors, on a CPU by the process; None where unknown."""
+    """Most memory held since it was asked last, GB: on a GPU by tensors, on Linux by the process; None: unknown."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+        return round(peak, 3)
     if not Path("/proc/self/status").exists():
         return None
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-
-
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
+    return round(peak, 3)
 
 
-@torch.no_grad()
-def macs(net, shape):
-    """Multiply-accumulates for one window (F, T), of convolutions, linear and recurrent layers: at each position of the
-    output each entry of a weight matrix once. (torch's own counter sees nothing of an LSTM on a CPU.)"""
-    counts = []
-
-    def add(module, inputs, output):
-        y = output[0] if isinstance(output, tuple) else output
-        width = y.shape[1] if isinstance(module, nn.Conv2d) else y.shape[-1]
-        counts.append(y.numel() // width * sum(w.numel() for w in module.parameters() if w.dim() > 1))
-
-    counted = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.RNNBase))]
-    hooks = [module.register_forward_hook(add) for module in counted]
-    net.eval()(torch.zeros(1, 1, *shape, device=next(net.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
-
-
-def steps_of(options, windows, parts, classes, device):
-    """-> for each kind of step: its name, a function that makes one, with noise of the real size, and how many a run
-    makes. One after the other: a supernet is gone before its derived network's steps are measured."""
+def steps_of(options, classes, device):
+    """-> for each kind of step its name and a function that makes one, with noise of the real size. One by one: a
+    supernet is gone before its derived network's steps are measured."""
     x = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device)
     batch = x, torch.arange(options.batch, device=device) % classes
-    loss = partial(cross_entropy, weight=torch.ones(classes, device=device))
-    sides = [(fold.train[::2], fold.train, fold.validation) for fold in parts]
-    batches = [[math.ceil(windows[members].sum() / options.batch) for members in fold] for fold in sides]
-    halves, wholes, looks = np.sum(batches, axis=0).tolist()
 
     def weight(net, optimizer, constants=()):
         with held_fixed(constants):
-            weight_step(loss(net(batch[0]), batch[1]), optimizer)
+            weight_step(F.cross_entropy(net(batch[0]), batch[1]), optimizer)
 
     genotype = given_genotype(options)
     if searches(options):
-        net = placed(network(options, classes), device)
+        net = on(device, network(options, classes))
         genotype = derive(net)
-        yield ("alpha step", partial(Architect(net, loss, order=options.order).step, batch, batch, 1e-3),
-               halves * (options.search_epochs - options.warm_up))
-        yield ("weight step", partial(weight, net, optimizer_of(net, options), net.alphas()),
-               halves * options.search_epochs)
-    net = placed(final_network(options, classes, genotype), device)
-    yield "training step", partial(weight, net, optimizer_of(net, options)), wholes * options.epochs
-    yield "look", torch.no_grad()(partial(net, batch[0])), looks * options.epochs
+        for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
+            print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
+        yield "alpha step", partial(Architect(net, F.cross_entropy, order=options.order).step, batch, batch, 1e-3)
+        yield "weight step", partial(weight, net, optimizer_of(net.weights(), options), net.alphas())
+    net = on(device, network(options, classes, genotype))
+    yield "training step", partial(weight, net, optimizer_of(net.parameters(), options))
 
 
 def seconds_of(step, device):
-    """Median seconds of the later steps: the first ones are slower, and with sampled operations no two are alike."""
+    """Median of the later steps: the first ones are slower, and with sampled operations no two are alike."""
     times = []
     while len(times) < 5 or (len(times) < 30 and sum(times) < 30):
         started = time.perf_counter()
@@ -1386,145 +1022,69 @@ def seconds_of(step, device):
     return float(np.median(times[len(times) // 2 :]))
 
 
-def gigabytes(peak):
-    return f"{peak:.3g} GB" if peak else "? GB"  # where the system does not say
-
-
-def dry_run(options, runs, listing, parts, chosen, device):
-    """Says what would happen and what it costs, measured with a network of each model here. -> the same for machines"""
-    about_folds = list(features.describe_folds(listing, parts))
-    parts = [parts[k] for k in chosen]
+def dry_run(options, runs, listing, parts, device):
+    """Says what would happen and what it costs, measured with a network of each model here. `parts`: number -> Fold"""
     windows, lengths = features.lengths(listing, options.window)
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
-          f"{lengths.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s")
-    with torch.device("meta"):
-        net = network(options, len(listing.classes))
-    for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
-        print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
-    seconds, peaks, total = {}, {}, 0.0  # of a step of each kind
+          f"{lengths.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s",
+          *features.describe_folds(listing, parts), sep="\n")
+    whole = sum(math.ceil(windows[fold.train].sum() / options.batch) for fold in parts.values())
+    half = sum(math.ceil(windows[fold.train[::2]].sum() / options.batch) for fold in parts.values())
+    number = {"alpha step": half * (options.search_epochs - options.warm_up),
+              "weight step": half * options.search_epochs, "training step": whole * options.epochs}
+    total, peak = 0.0, 0.0
     for model in dict.fromkeys(run.model for run in runs):
         same = [run for run in runs if run.model == model]
-        for kind, step, number in steps_of(same[0], windows, parts, len(listing.classes), device):
-            kind = f"{model}, {kind}"
-            reset_peak(device)
-            seconds[kind] = seconds_of(step, device)
-            peaks[kind] = peak_memory(device) or 0.0
-            total += len(same) * number * seconds[kind]
-            print(f"cost      {kind}: {len(same) * number:,} of {seconds[kind]:.3g} s, {gigabytes(peaks[kind])}")
-    peak = max(peaks.values())
-    print(f"in all    about {duration(total)} on {device}, peak memory {gigabytes(peak)}",
-          *(about_folds[k] for k in chosen), sep="\n")
-    print(f"a dry run: nothing was written; a run goes to {out_folder(options)}")
-    return {"command": command(), "settings": settings_of(options), "device": str(device), "versions": versions(),
-            "threads": torch.get_num_threads(), "seconds_of_a_step": seconds, "peak_gb_of_a_step": peaks,
-            "seconds": total, "peak_gb": peak}
-
-
-def answer(file, about):
-    """To --json FILE, or for - to the standard output."""
-    if file == "-":
-        print(as_json(about).decode(), end="")
-    elif file:
-        write(Path(file), as_json(about))
+        for kind, step in steps_of(same[0], len(listing.classes), device):
+            peak_memory(device)
+            seconds, held, n = seconds_of(step, device), peak_memory(device), len(same) * number[kind]
+            total, peak = total + n * seconds, max(peak, held or 0)
+            print(f"cost      {model}, {kind}: {n:,} of {seconds:.3g} s, {held or math.nan:.3g} GB")
+    print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {device}, peak memory {peak or math.nan:.3g} GB\n"
+          f"a dry run: no fold was computed; a run goes to {folder_of(options)}")
 
 
 # A model that is used again ------------------------------------------------------------------------------------------
 def read_model(file):
-    """-> what model.pt holds, and as "net" its network."""
-    with reading(file, "name a run folder, or a model.pt that this program wrote"):
-        model = load_file(file)
-        if model["format"] != "emodarts-2":
-            raise ValueError(f"format {model['format']!r}, expected emodarts-2")
-        settings, classes, sizes = features.Settings(**model["features"]), model["classes"], model["sizes"]
+    """-> what model.pt says of itself, its network, statistics, feature settings."""
+    with reading(file):
+        model = torch.load(file, map_location="cpu", weights_only=True)
+        about = json.loads(model["about"])
+        options = Namespace(**about["settings"], recompute=False)
+        genotype = Genotype(**about["genotype"]) if about["genotype"] else None
         with torch.device("meta"):  # whatever sizes a file announces, memory is taken for the weights that it holds
-            if model["model"] in BASELINES:
-                net = Baseline(model["model"], len(classes), settings.coefficients)
-            else:
-                net = Network(classes=len(classes), genotype=Genotype.from_json(model["genotype"]), **sizes)
+            net = network(options, len(about["classes"]), genotype).eval()
         net.load_state_dict(model["weights"], assign=True)
-        with torch.no_grad():
-            if not net.eval()(torch.zeros(1, 1, *settings.shape)).isfinite().all():
-                raise ValueError("its weights are not finite")
-    return model | {"net": net}
-
-
-def read_models(place):
-    """{file: model} of one file, or of all folds of a run folder, in order."""
-    files = [Path(place)]
-    if files[0].is_dir():
-        files = sorted([*files[0].glob("model.pt"), *files[0].glob("fold*/model.pt")], key=lambda f: (len(str(f)), f))
-    if not (files and files[0].is_file()):
-        raise InputError(f"--from is {place}, where no model is; expected a run folder with fold0/model.pt, or a file")
-    models = {file: read_model(file) for file in files}
-    for name in ("classes", "features"):
-        if len({json.dumps(model[name]) for model in models.values()}) > 1:
-            raise InputError(f"the models in {place} differ in their {name}; name one of them")
-    return models
+        return about, net, model["statistics"], feature_settings(options)
 
 
 @torch.no_grad()
-def hear(models, paths, device):
-    """-> for each clip what --json writes of it. Several models: the mean of their probabilities. A model without
-    statistics (--normalise speaker) takes all clips as one speaker's."""
-    settings, classes = features.Settings(**models[0]["features"]), models[0]["classes"]
-    clips, bad = {}, []
-    for path in paths:
-        try:
-            samples = features.read_wav(path)
-            cut = [features.transform(settings)(torch.from_numpy(w)) for w in features.windows(samples, settings)]
-            clips[path] = torch.stack(cut).half().float(), len(samples) / features.RATE  # rounded as in training
-        except (InputError, OSError) as error:
-            bad.append(str(error))
-    if bad:
-        raise InputError("\n  ".join([f"{len(bad)} of {len(paths)} clips cannot be used:", *bad]))
-    everything = torch.cat([maps for maps, _ in clips.values()]).double()  # (W, F, T)
-    mean, square = everything.mean((0, 2)), everything.square().mean((0, 2))
-    own = {"mean": mean.float()[:, None], "std": (square - mean**2).clamp(min=1e-10).sqrt().float()[:, None]}
-    answers = []
-    for path, (maps, seconds) in clips.items():
-        logits = []  # of each model, (W, classes)
-        for model in models:
-            by = model["statistics"] or own
-            x = ((maps - by["mean"]) / by["std"])[:, None]
-            logits.append(torch.cat([model["net"].to(device)(part.to(device)).cpu().double() for part in x.split(64)]))
-        logits = torch.stack(logits)  # (models, W, classes)
-        about = {"path": str(path), "seconds": seconds, **opinion(logits.mean(1), classes), "windows": []}
-        for n in range(len(maps)):  # the last window ends with the clip
-            start = max(0.0, min(n * settings.window, seconds - settings.window))
-            times = {"start": start, "end": min(start + settings.window, seconds)}
-            about["windows"].append(times | opinion(logits[:, n], classes))
-        answers.append(about)
-    return answers
-
-
-def opinion(logits, classes):
-    """(models, classes) -> the mean of the models' probabilities, and the class that it names."""
-    p = logits.softmax(1).mean(0)
-    return {"label": classes[p.argmax()], "probabilities": dict(zip(classes, p.tolist()))}
-
-
 def use(options):
-    """--from RUN, with --predict or alone."""
-    if not options.from_:
-        raise InputError("--predict CLIP ... needs --from RUN, a run folder or a model file")
-    device, models = pick_device(options.device), read_models(options.from_)
+    """--from RUN: what its models recognise in the clips of --predict, by the mean of their logits; without clips, what
+    they say of themselves, a JSON each."""
+    run = Path(options.from_ or "")
+    found = [*run.glob("model.pt"), *run.glob("fold*/model.pt")] if run.is_dir() else [run]
+    files = sorted(found, key=lambda file: (len(str(file)), file))  # fold2 before fold10
+    if not options.from_ or not files:
+        raise InputError(f"--from is {options.from_}, expected a run folder with fold0/model.pt, or a model.pt")
+    models = [read_model(file) for file in files]
     if not options.predict:
-        for file, model in models.items():
-            print(file, *model["said"], sep="\n  ")
-        return
-    clips = hear(list(models.values()), options.predict, device)
-    if not next(iter(models.values()))["statistics"]:
-        print(f"note: the {len(clips)} clips are taken as one speaker's, with statistics of their own", file=sys.stderr)
-    answer(options.json, {"from": options.from_, "models": len(models), "clips": clips})
-    if options.json == "-":
-        return
-    for clip in clips:
-        lines = {clip["path"]: clip}
-        if len(clip["windows"]) > 1:
-            lines |= {f"  {part['start']:.1f} to {part['end']:.1f} s": part for part in clip["windows"]}
-        for name, said in lines.items():
-            probabilities = "  ".join(f"{c} {p:.3f}" for c, p in said["probabilities"].items())
-            print(f"{name}  {said['label']}  {probabilities}")
+        return print(*(json.dumps(about, indent=1) for about, *_ in models), sep="\n")
+    classes, settings = models[0][0]["classes"], models[0][3]  # all folds of a run have the same
+    clips = {}  # path -> (W, F, T), rounded as in training
+    for path in options.predict:
+        windows = features.windows(features.read_wav(path), settings)
+        maps = [features.transform(settings)(torch.from_numpy(window)) for window in windows]
+        clips[path] = torch.stack(maps).half().float()
+    own = statistics(clips.values())  # of a model that was normalised by speaker all clips are one speaker's
+    for path, maps in clips.items():
+        logits = []
+        for _, net, by, _ in models:
+            mean, std = by or own
+            logits.append(net(((maps - mean[:, None]) / std[:, None])[:, None]).double().mean(0))
+        p = torch.stack(logits).mean(0).softmax(0)
+        said = "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, p))
+        print(f"{path}  {classes[p.argmax()]}  {said}")
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -1535,74 +1095,44 @@ def plan(options):
     if options.compare is not None:
         runs += [(model, seed) for model in ("emodarts", *BASELINES) if model != options.model for seed in seeds]
         runs += [("random", options.seed + n) for n in range(options.compare)]
-    if len(runs) == 1:
-        return [options]
-    made = []
-    for model, seed in runs:
-        genotype = options.genotype if model == options.model else None
-        out = str(out_folder(options) / f"{model}-seed{seed}")
-        made.append(replace(options, model=model, seed=seed, genotype=genotype, out=out))
-    return made
-
-
-def claim(options):
-    """Makes the folder of a run; refuses one that already holds a run with other settings: nothing is lost."""
-    folder, mine = out_folder(options), settings_of(options)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    with lock(folder / "lock", wait=True):
-        if not file.exists():  # those that the run was begun with stay
-            return write(file, as_json({"options": mine, "command": command(), "versions": versions()}))
-        with reading(file, "give another --out, or delete the folder"):
-            there = json.loads(file.read_text())["options"]
-            differ = [f"{name} ({there.get(name)!s:.80} there, {value} here)" for name, value in mine.items()
-                      if there.get(name) != value]
-    if differ:
-        raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; give another --out")
-
-
-def command():
-    return shlex.join(["python", "train.py", *sys.argv[1:]])
-
-
-@cache
-def versions():
-    commit = ""
-    if shutil.which("git"):
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = {"torch": torch.__version__, "torchaudio": torchaudio.__version__}
-    return {"python": sys.version.split()[0], **packages, "commit": commit}
+    folder, made = folder_of(options), []
+    for model, seed in runs if len(runs) > 1 else ():
+        more = {"model": model, "seed": seed, "out": f"{folder}/{model}-seed{seed}"}
+        made.append(Namespace(**vars(options) | more | ({} if model == options.model else {"genotype": None})))
+    return made or [options]
 
 
 def pick_device(name):
+    rank, world, local = (os.environ.get(key, "") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank or world or local:  # of torchrun: each process of a machine takes a GPU, and folds as any other shell does
+        if not (f"{rank}{world}{local}".isdecimal() and rank and world and int(rank) < int(world)):
+            raise InputError(f"the environment has RANK {rank!r}, WORLD_SIZE {world!r}, LOCAL_RANK {local!r}; expected "
+                             "numbers as torchrun gives them, or none of them: unset them")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun: each process of a machine takes a GPU
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{local or 0}"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here ({why}); cpu always can") from None
+        torch.ones(1, device=name).tolist()
+    except Exception as error:  # what torch raises depends on the device
+        raise InputError(f"--device {name} cannot be used here ({str(error):.150}); cpu always can") from None
     return torch.device(name)
 
 
-def second_corpus(options, classes):
-    """Listing of --test-dataset NAME=DIR; None without it."""
-    if not options.test_dataset:
-        return None
-    name, _, root = options.test_dataset.partition("=")
-    other = features.read_corpus(name, root or None, options.classes)
-    unknown = set(other.classes) - set(classes)
-    if unknown:
-        raise InputError(f"{name} has the classes {', '.join(sorted(unknown))}, and {options.dataset} does not; what "
-                         "is tested must be trained")
-    return other
+def read_data(options):
+    """-> listings of the corpus and of the second one to test on (or None). A result depends on what they hold."""
+    listing = features.read_corpus(options.dataset, options.root, options.classes, options.protocol)
+    options.data, second = listing.digest, None
+    if options.test_dataset:
+        name, _, root = options.test_dataset.partition("=")
+        second = features.read_corpus(name, root or None, options.classes)
+        if not set(second.classes) <= set(listing.classes):
+            raise InputError(f"{name} has classes that {options.dataset} has not; what is tested must be trained")
+        options.data += f" {second.digest}"
+    return listing, second
 
 
-def run(argv):
-    options = parse(argv)
+def run(options):
     if platform.libc_ver()[0] == "glibc":  # it gives freed memory back and asks for it again, a tenth of a step's time
         for parameter, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its largest, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
@@ -1610,64 +1140,51 @@ def run(argv):
         torch.set_num_threads(options.threads)
     if options.predict or options.from_:
         return use(options)
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.dry_run and options.dataset == "smoke":  # it is generated where it is not there
-            options.root = options.root or scratch
-        device, listing, parts, chosen, other = check(options)
-        runs = plan(options)
-        if options.dry_run:
-            with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
-                about = dry_run(options, runs, listing, parts, chosen, device)
-            return answer(options.json, about)
-    jobs = [Job(part, k, out_folder(part) / f"fold{k}") for part in runs for k in chosen]
-    if len(jobs) < torchrun()[1]:
-        share_steps(options, device)
-    for part in runs:
-        claim(part)
-    out_folder(options).mkdir(parents=True, exist_ok=True)
-    progress = Progress(jobs)
-    data = load(options, listing, listing.classes, device, progress)
-    other = other and load(options, other, listing.classes, device, progress)
-    parts = features.folds(listing, data.store.bad)
-    for note in notes_of(options, data.store.bad):
-        progress.say(note)
-    work(jobs, partial(run_fold, data=data, parts=parts, other=other, progress=progress), progress)
-    if torchrun()[0] == 0:
-        with lock(out_folder(options) / "lock", wait=True):  # another shell may end at the same moment
-            results = [finish(part, listing, chosen, data.store.bad) for part in runs]
-            if len(runs) > 1:
-                compare(options, runs, results)
-    if ranks()[1] > 1:
-        distributed.destroy_process_group()
-
-
-def load(options, listing, classes, device, progress):
-    """-> Data of a corpus, whose features are computed if they are not there."""
-    store = features.load(listing, feature_settings(options), options.cache, skip_bad=options.skip_bad,
-                          progress=lambda text: progress.terminal and progress.say(text, passing=True))
-    return Data(listing, store, classes, options.normalise, device)
+    device = pick_device(options.device)
+    for each in {each.model: each for each in plan(options)}.values():
+        check(each)
+    listing, second = read_data(options)
+    runs, parts = plan(options), features.folds(listing, chosen=())
+    chosen = options.folds or list(range(len(parts)))
+    if not set(chosen) <= set(range(len(parts))):
+        raise InputError(f"--folds is {chosen}, expected numbers from 0 to {len(parts) - 1}")
+    if options.dry_run:
+        return dry_run(options, runs, listing, {k: parts[k] for k in chosen}, device)
+    for each, k in itertools.product(runs, range(len(parts))):
+        finished(each, k)  # also of folds that are not asked for: a folder holds one run
+    data = Data(options, listing, listing.classes, device)
+    parts = features.folds(listing, data.store.bad, chosen)
+    other = second and Data(options, second, listing.classes, device)
+    for k in chosen if second else ():
+        trained = parts[k].train + (sum(parts[k].tests.values(), []) if options.poison else [])
+        features.check_apart(listing, trained, second)
+    jobs = [(each, k) for each in runs for k in chosen]
+    if not work(jobs, lambda options, k: run_fold(options, k, data, parts, other)):
+        return say("other processes have the other folds; the last one prints the table, as this command does then")
+    with lock(folder_of(options) / "lock"):  # another process may end at the same moment
+        for each in runs:
+            finish(each, chosen)
+        if len(runs) > 1:
+            compare(options, runs, chosen)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    rank, world = torchrun()
-    name = f"rank {rank}: error" if world > 1 else "error"
+    features.open_output()
     try:
-        run(argv)
+        run(parse(argv))
         return 0
     except KeyboardInterrupt:
-        print(f"\nstopped; this goes on from here:\n  {shlex.join(['python', 'train.py', *argv])}", file=sys.stderr)
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (InputError, OSError, NotFinite) as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NotFinite) else 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        memory = re.search("out of memory|can't allocate memory", str(error)) or isinstance(error, MemoryError)
+        if isinstance(error, RuntimeError) and not memory:
             raise
-        why = (str(error).splitlines() or [""])[0]
-        print(f"{name}: out of memory ({why:.200}); the last checkpoint is whole. Less is taken by --relaxation "
-              "sample, --recompute, a smaller --batch, --channels or --nodes", file=sys.stderr)
-        return 1
+        more = "less is taken by --relaxation sample, --recompute, smaller --batch, --channels, --nodes; "
+        print("error:", more * bool(memory) + str(error), file=sys.stderr, flush=True)
+        if isinstance(error, BrokenPipeError):  # nobody reads on; the interpreter would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
 
 
 if __name__ == "__main__":

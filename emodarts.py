@@ -7,8 +7,7 @@ for speech emotion recognition, in one file that needs torch alone. The method, 
     x, y = torch.randn(32, 1, 40, 32), torch.arange(32) % 4  # MFCC maps (N, 1, F, T) and classes: put yours here
     sizes = dict(classes=4, bands=40, channels=4, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
     net = Network(**sizes)  # the supernet: every edge mixes all operations
-    architect = Architect(net, cross_entropy)
-    optimizer = torch.optim.SGD(net.weights(), lr=0.025)
+    architect, optimizer = Architect(net, cross_entropy), torch.optim.SGD(net.weights(), lr=0.025)
     for step in range(3):
         architect.step((x[16:], y[16:]))  # the alphas move on one half of the training data
         optimizer.zero_grad()
@@ -33,7 +32,7 @@ Shapes: a map is (N, C, F, T) = batch, channels, feature axis, time axis; a sequ
 
 import json
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +48,6 @@ from torch.utils.checkpoint import checkpoint
 
 class Zero(nn.Module):
     """`none`: no connection."""
-
     def forward(self, x):
         return torch.zeros_like(x)
 
@@ -91,7 +89,6 @@ def conv_1x1(c_in, c_out, affine):
 
 class BothGrids(nn.Module):
     """(N, C, F, T) -> (N, 2C, ceil(F / 2), ceil(T / 2)): the even grid, and behind it the one between its points."""
-
     def forward(self, x):
         between = F.pad(x, (-1, x.shape[3] % 2, -1, x.shape[2] % 2))  # from 1 on; odd sizes: ceil(size / 2)
         return torch.cat([F.avg_pool2d(x, 1, 2), F.avg_pool2d(between, 1, 2)], dim=1)
@@ -117,7 +114,6 @@ CNN_OPS = {
 class Recurrent(nn.Module):
     """`lstm_k`, `rnn_k`: k stacked layers, one direction. Gate by gate, input weights start as Xavier's, recurrent ones
     orthogonal; the forget gate's bias is 1, others are 0."""
-
     def __init__(self, width, affine, *, layer, layers, bidirectional=False):
         super().__init__()
         self.rnn = layer(width, width, layers, batch_first=True, bidirectional=bidirectional)
@@ -138,10 +134,7 @@ class Recurrent(nn.Module):
 class RecurrentAttention(Recurrent):
     """`lstm_att_k`, `rnn_att_k`: k stacked bidirectional layers, then additive attention over time. With h_t the output
     at frame t and q the last output of both directions (each 2D wide):
-
-        a = softmax over t of  v . tanh(W [h_t, q]),      context = sum_t a_t h_t,      y_t = P [h_t, context]
-    """
-
+        a = softmax over t of  v . tanh(W [h_t, q]),      context = sum_t a_t h_t,      y_t = P [h_t, context]"""
     def __init__(self, width, affine, *, layer, layers):
         super().__init__(width, affine, layer=layer, layers=layers, bidirectional=True)
         self.score = nn.Sequential(nn.Linear(4 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
@@ -176,13 +169,9 @@ RELAXATIONS = ("softmax", "sample")
 
 class MixedOp(nn.Module):
     """An edge that is not yet decided: every candidate operation, weighted by the softmax of its alpha [D eq. 2],
-
         o_bar(x) = sum_o softmax(alpha)_o * o(x)
-
     `ops`: name -> module. `weight`: softmax(alpha), (operations,); a decided edge has one operation and no weight.
-    `drawn`: number of the only operation to compute, see `Network.relaxed`. ValueError where numbers or shapes differ.
-    """
-
+    `drawn`: the number of the only operation to compute, see `Network.relaxed`. ValueError where shapes differ."""
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
@@ -213,9 +202,7 @@ class Cell(nn.Module):
     `wiring`: for each node the list of its edges (j, names of the candidate operations): many names before the search
     has decided, one after; the cell does not care which. `make(name, j)` builds an operation for an edge that starts at
     state j. `before`: modules that the inputs pass first. `concat`: the axis of C in (N, C, F, T). Edge and operation
-    keep their names in `state_dict`, so a derived cell's keys are among the supernet's.
-    """
-
+    keep their names in `state_dict`, so a derived cell's keys are among the supernet's."""
     def __init__(self, kind, wiring, make, before=(), edge=MixedOp, concat=1):
         super().__init__()
         self.kind, self.concat = kind, concat
@@ -263,7 +250,6 @@ class CNNCell(Cell):
     """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T). A reduction cell (`kind` "reduce") has stride 2 on the
     edges that leave its two inputs: its nodes are (N, c, ceil(F / 2), ceil(T / 2)). After a reduction cell the older
     input is still twice as large (`halve_s0`) and is halved on the way in."""
-
     def __init__(self, kind, wiring, c0, c1, c, halve_s0, affine, edge=MixedOp):
         def make(name, j):
             return CNN_OPS[name](c, 2 if kind == "reduce" and j < 2 else 1, affine)
@@ -274,7 +260,6 @@ class CNNCell(Cell):
 
 class SeqCell(Cell):
     """(N, T, D), (N, T, D) -> (N, T, D). Adaptive average pooling brings the nodes * D features back to D."""
-
     def __init__(self, wiring, width, affine, edge=MixedOp):
         super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine), edge=edge, concat=2)
         self.width = width
@@ -286,7 +271,6 @@ class SeqCell(Cell):
 class RecomputedOp(MixedOp):
     """A MixedOp that keeps its input only, and computes its operations again on the way back: less memory, more time,
     the same bits. The second time BN leaves its statistics alone: a batch counts once."""
-
     def forward(self, *args):
         contexts = nullcontext(), without_statistics(self)
         return checkpoint(super().forward, *args, use_reentrant=False, context_fn=lambda: contexts)
@@ -295,7 +279,6 @@ class RecomputedOp(MixedOp):
 class without_statistics:
     """Inside, batch norm in training mode normalises by the batch as always, but its statistics go into copies. Knows
     the norms that `net` has when it is built, and may be entered again and again."""
-
     def __init__(self, net):
         self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.kept = []
@@ -315,7 +298,6 @@ class Genotype:
     """What a search has found: a graph for all normal CNN cells, one for all reduction cells, one for all SeqNN cells;
     None for a kind that the network's depth does not use. A cell is a tuple of nodes, a node a tuple of edges, an edge
     a pair (operation, predecessor); predecessors 0 and 1 are the cell's inputs, 2 its first node. Else ValueError."""
-
     normal: tuple = None
     reduce: tuple = None
     seq: tuple = None
@@ -343,17 +325,15 @@ class Genotype:
         for kind, cell in self.cells().items():
             lines.append(f"{kind} cell (0, 1: the outputs of the two cells before)")
             lines += [f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node) for i, node in enumerate(cell, start=2)]
-            lines.append(f"  output = [{', '.join(str(i) for i in range(2, len(cell) + 2))}]")
+            lines.append(f"  output = {list(range(2, len(cell) + 2))}")
         return "\n".join(lines)
 
 
 def checked_cell(kind, cell):
     """A cell of a genotype as tuples; ValueError for what is none."""
-    known = SEQ_OPS if kind == "seq" else CNN_OPS
-    try:
+    known, nodes = SEQ_OPS if kind == "seq" else CNN_OPS, ()
+    with suppress(TypeError, ValueError):
         nodes = tuple(tuple((op, j) for op, j in node) for node in cell)
-    except (TypeError, ValueError):
-        nodes = ()
     if not nodes or not all(nodes):
         raise ValueError(f"genotype, {kind} cell: expected a list of nodes, each a list of edges [operation, "
                          f"predecessor], at least one of each, found {cell!r:.80}")
@@ -372,10 +352,9 @@ def checked_cell(kind, cell):
 class Frames(nn.Module):
     """(N, C, F, T) -> (N, T, D), what the SeqNN reads of each frame: the mean over F, D = C, as in the paper; with a
     `width` all of its C x F features through a linear layer, D = width, LayerNorm and dropout. T stays."""
-
     def __init__(self, c, f, width=None, dropout=0.3):
         super().__init__()
-        layers = (nn.Linear(c * f, width), nn.LayerNorm(width), nn.Dropout(dropout)) if width else ()
+        layers = [nn.Linear(c * f, width), nn.LayerNorm(width), nn.Dropout(dropout)] if width else []
         self.project = nn.Sequential(*layers)
 
     def forward(self, x):
@@ -403,18 +382,16 @@ class Network(nn.Module):
     fixed        a Genotype of the cells that the search leaves as they are; of the supernet
 
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
-    that these sizes need. Its attribute `drop_path` is the share of edges dropped in training (0 at first).
-    """
-
+    that these sizes need. Its attribute `drop_path` is the share of edges dropped in training (0 at first)."""
     def __init__(self, *, classes=4, bands=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
                  seq_width=None, seq_space="all", relaxation="softmax", dropout=0.3, recompute=False, amp=False,
                  fixed=None, genotype=None):
         super().__init__()
-        for name, size, least in (("classes", classes, 1), ("bands", bands, 1), ("channels", channels, 1),
-                                  ("cnn_cells", cnn_cells, 1), ("seq_cells", seq_cells, 0), ("nodes", nodes, 1),
-                                  ("stem_stride", stem_stride, 1), ("seq_width", seq_width or 1, 1)):
-            if size < least:
-                raise ValueError(f"{name} is {size}, expected at least {least}")
+        sizes = dict(classes=classes, bands=bands, channels=channels, cnn_cells=cnn_cells, seq_cells=seq_cells,
+                     nodes=nodes, stem_stride=stem_stride, seq_width=seq_width or 1)
+        for name, size in sizes.items():
+            if size < (name != "seq_cells"):
+                raise ValueError(f"{name} is {size}, expected at least {int(name != 'seq_cells')}")
         for name, value, known in (("seq_space", seq_space, SEQ_SPACES), ("relaxation", relaxation, RELAXATIONS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -477,8 +454,7 @@ class Network(nn.Module):
         softmax  softmax(alpha), and all operations are computed [D eq. 2]
         sample   in training: one operation is drawn from the softmax and computed alone [G eq. 3, straight-through
                  Gumbel]. With g_o = -log(-log u_o), u uniform, and p = softmax(alpha + g), it is k = argmax p, which is
-                 o with probability softmax(alpha)_o; its weight is 1 going forward and p_k on the way back
-        """
+                 o with probability softmax(alpha)_o; its weight is 1 going forward and p_k on the way back"""
         if kind not in self.alpha:
             return None, None
         if kind in self.decision:
@@ -553,8 +529,7 @@ def decided(net, genotype):
         chosen = {(i, j): op for i, node in enumerate(cell, start=2) for op, j in node}
         edges = [(i, j) for i in range(2, net.nodes + 2) for j in range(i)]
         if len(cell) != net.nodes or not set(chosen.values()) <= set(names):
-            raise ValueError(f"the supernet's {kind} cell has {net.nodes} nodes and the operations {', '.join(names)}; "
-                             f"the genotype's is {cell}")
+            raise ValueError(f"{kind} cell: expected {net.nodes} nodes of {', '.join(names)}, the genotype has {cell}")
         one_hot = torch.tensor([[chosen.get(edge) == name for name in names] for edge in edges])
         decision[kind] = one_hot.to(net.alpha[kind])
     net.decision = decision
@@ -566,12 +541,11 @@ def decided(net, genotype):
 
 def expected_parameters(net):
     """Number of weights on a supernet's edges, each operation counted with its softmax(alpha): differentiable, ()."""
-    total = torch.zeros((), device=next(net.parameters()).device)
-    for cell in (*net.cnn, *net.seq):
-        if cell.kind in net.alpha:
-            edges = cell.edges.values()
-            sizes = [[sum(map(torch.numel, op.parameters())) for op in edge.ops.values()] for edge in edges]
-            total = total + (net.alpha[cell.kind].softmax(dim=-1) * torch.tensor(sizes).to(total)).sum()
+    total = 0.0
+    for cell in (cell for cell in (*net.cnn, *net.seq) if cell.kind in net.alpha):
+        weight, edges = net.alpha[cell.kind].softmax(dim=-1), cell.edges.values()
+        sizes = [[sum(map(torch.numel, op.parameters())) for op in edge.ops.values()] for edge in edges]
+        total = total + (weight * torch.tensor(sizes).to(weight)).sum()
     return total
 
 
@@ -585,16 +559,13 @@ def entropy(net):
 class Architect:
     """Moves the alphas of a supernet along the hypergradient, i.e. the gradient of L_val(w*(alpha), alpha), where w*
     is approximated by one step of plain gradient descent, w' = w - xi * dL_train/dw [D eq. 6-8]:
-
         dL_val(w')/dalpha - xi * (dL_train(w+)/dalpha - dL_train(w-)/dalpha) / (2 eps)
         w+- = w +- eps * dL_val/dw',     eps = 0.01 / ||dL_val/dw'||
-
     order=1 sets xi = 0: one pass over the validation batch, and neither a copy nor a gradient of the weights.
     order=2 takes four passes; while it lasts it holds one copy of the weights and one gradient.
     `loss(logits, target)` -> scalar. A batch is a pair (x, target). Weights and BN buffers are bit for bit the same
-    after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val. What does not
-    require a gradient, weight or alpha, is a constant."""
-
+    after a step as before. `penalty()` -> scalar, a function of the alphas alone that is added to L_val. A weight or
+    alpha that does not require a gradient is a constant."""
     def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, penalty=None):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")

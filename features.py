@@ -28,7 +28,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +48,7 @@ CLASSES = ("angry", "happy", "neutral", "sad")
 UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apart
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # as NFS and others answer
 STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
 
 
@@ -61,7 +62,7 @@ def listed(names, most=5):
 
 
 def open_output():
-    """From here on the standard output says what it cannot say in other words, and is there even if it was closed."""
+    """From here on the standard output is there, even if it was closed, and what it has no letter for is escaped."""
     if sys.stdout is None or sys.stdout.closed:
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -71,7 +72,7 @@ def open_output():
 @contextmanager
 def lock(path, wait=True):
     """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine` is False if another
-    process holds the lock and is not waited for; True where the system has no locks. A dead process' lock is free."""
+    process holds the lock and is not waited for; True where there are no locks. A dead process' lock is free."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         mine = True
@@ -81,15 +82,10 @@ def lock(path, wait=True):
         except BlockingIOError:
             mine = False
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL):
+            if error.errno not in NO_LOCKS:
                 raise
-            warn_once(f"{path} cannot be locked on this file system; start no second process in this folder")
+            print(f"warning: {path} cannot be locked ({error.strerror}); start no second process here", file=sys.stderr)
         yield mine
-
-
-@functools.cache
-def warn_once(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def write(file, content):
@@ -133,31 +129,32 @@ def once(paths):
 
 
 def text_of(path):
-    """A text file in UTF-8, in UTF-16 with a mark at its begin, or else in latin-1; lines end with a newline."""
+    """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
     content = path.read_bytes()
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff") and "utf-16" or content[1:2] == b"\0" and "utf-16-le"
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode(wide or "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
 
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, columns in lower case, all stripped, with the number of its (last) line as `line`;
-    empty rows are passed over. `columns` must be there. `form`: of csv.reader"""
-    reader = csv.DictReader(io.StringIO(text_of(path), newline=""), restkey="too many", restval=None, **form)
-    table = []
+    """Rows of a table as dicts, columns in lower case, all stripped, and `line`, where each ends; empty ones are passed
+    over. `columns` must be there. `form`: of csv.reader"""
+    reader, table = csv.DictReader(io.StringIO(text_of(path), newline=""), restkey="more", restval="", **form), []
     try:
         there = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not set(columns) <= set(there):
-            raise InputError(f"{path} has the columns {','.join(there)[:200] or '(none)'}; expected {','.join(columns)}")
+            raise InputError(f"{path} has the columns {','.join(there)[:99] or '(none)'}; expected {','.join(columns)}")
         for row in reader:
-            if any(value and (value if name == "too many" else value.strip()) for name, value in row.items()):
-                fits = "too many" not in row and None not in (row[name] for name in columns)
-                row = {name: (value or "").strip() for name, value in row.items() if name != "too many"}
-                table.append(row | {"line": reader.line_num, "fits": fits})
+            if "".join(row.pop("more", [])).strip():
+                raise InputError(f"{path}, line {reader.line_num}: more fields than columns; put a text that holds a "
+                                 "separator into quotes")
+            if any(value.strip() for value in row.values()):
+                table.append({name: value.strip() for name, value in row.items()} | {"line": reader.line_num})
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a row of a table ({error})") from None
+        raise InputError(f"{path}, line {reader.reader.line_num}: not a row of a table ({error})") from None
     return table
 
 
@@ -247,30 +244,25 @@ def index_csv(file):
     """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
     if not file.is_file():
         raise InputError(f"no file {file}; --root FILE names one with the columns path,label,speaker and perhaps split")
-    text = text_of(file)
-    if "\0" in text:
-        raise InputError(f"{file}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; save it as UTF-8")
-    comma = max(",;\t", key=text.partition("\n")[0].count)  # Excel's comma depends on the country
-    table = rows(file, "path", "label", "speaker", delimiter=comma, strict=True)
+    separator = max(",;\t", key=text_of(file).partition("\n")[0].count)  # Excel's comma depends on the country
+    table, line_of, missing = rows(file, "path", "label", "speaker", delimiter=separator, strict=True), {}, []
     if not table:
         raise InputError(f"{file} has a header and no row; expected one for each recording")
-    official, seen, missing = any(row.get("split") for row in table), {}, []
+    official = any(row.get("split") for row in table)
     for row in table:
         path, split = file.parent / row["path"], row["split"].lower() if official else None
-        where = f"{file}, line {row['line']}"
         empty = [column for column in ("path", "label", "speaker") if not row[column]]
-        if not row["fits"]:
-            raise InputError(f"{where}: too many or too few fields; put what holds a {comma!r} into quotes")
         if empty:
-            raise InputError(f"{where}: the row of {row['path'] or 'a file'} has no {empty[0]}; every row needs one")
+            raise InputError(f"{file}, line {row['line']}: {row['path'] or 'a file'} has no {empty[0]}; give it one")
         if official and split not in ("train", "validation", "test"):
-            raise InputError(f"{where}: unknown split {split!r} of {row['path']}; known: train, validation, test")
-        if not os.path.isfile(path) and "\\" in row["path"]:  # of a Windows
+            raise InputError(f"{file}, line {row['line']}: unknown split {split!r} of {row['path']}; known: train, "
+                             "validation, test")
+        if not os.path.isfile(path):  # perhaps it was saved on Windows
             path = file.parent / row["path"].replace("\\", "/")
         missing += [row["path"]] * (not os.path.isfile(path))
-        first = seen.setdefault(os.path.realpath(path), row)
-        if first is not row:
-            raise InputError(f"{where}: {row['path']} is also in line {first['line']}, as {first['path']}; keep one row")
+        line = line_of.setdefault(os.path.realpath(path), row["line"])
+        if line != row["line"]:
+            raise InputError(f"{file}, lines {line} and {row['line']}: both are {row['path']}; keep one of them")
         yield Utterance(path, row["label"], row["speaker"], split=split)
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not in {file.parent}: {listed(missing)}")
@@ -363,27 +355,22 @@ class Listing:
 
     @functools.cached_property
     def prints(self):
-        """A fingerprint of each file: its size, and a check sum of a few kB in its middle. (All of its bytes would take
-        minutes at each start of a large corpus; sizes alone would not notice other recordings of the same length.)"""
+        """Fingerprints of the files. (All of their bytes would take minutes at each start; sizes alone would not notice
+        other recordings of the same length.)"""
         return [fingerprint(u.path) for u in self.utterances]
 
-    @functools.cached_property
+    @property
     def digest(self):
         """Of names, labels, speakers, folds and contents: the same wherever the corpus lies."""
-        about = [[self.name(u), u.label, u.speaker, u.group, u.split, *p] for u, p in zip(self.utterances, self.prints)]
+        about = [(self.name(u), u.label, u.speaker, u.group, u.split, p) for u, p in zip(self.utterances, self.prints)]
         return hashlib.sha256(json.dumps([self.classes, about]).encode()).hexdigest()[:16]
-
-    def speaker(self, i):
-        """Of an utterance; None of one whose speaker MSP-Podcast does not tell apart."""
-        name = self.utterances[i].speaker
-        return None if self.dataset == "msp-podcast" and name == UNKNOWN else name
 
 
 def fingerprint(path):
-    """(size, check sum of 4 kB in the middle); (0, 0) of a file that cannot be read."""
+    """Size and check sum of 4 kB in the middle; (0, 0) of a file that cannot be read."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             return size, zlib.crc32(file.read(4096))
     except OSError:
@@ -487,7 +474,7 @@ class Fold:
 def folds(listing, without=(), chosen=None):
     """-> [Fold], one for each group: it tests, the next one validates, all others train. Of a corpus with an official
     split one with all its test sets. InputError where they cannot be made. `without`: utterances to leave out; they
-    change no fold's number. A fold that they leave without a side is an InputError if it is `chosen` (None: all are)."""
+    change no fold's number. A fold that they leave without a side is an InputError if it is `chosen` (None: all)."""
     corpus, paper = CORPORA[listing.dataset], listing.protocol == "paper"
     part = {i: u.split or u.group for i, u in enumerate(listing.utterances)}
     names = sorted(set(part.values()))
@@ -500,61 +487,54 @@ def folds(listing, without=(), chosen=None):
         raise InputError(f"found {len(names)} part(s): {listed(names)}; a fold needs three: to train, validate, test")
     at_most, made = paper and corpus.at_most or len(part), []
     for k, (validation, tests) in enumerate(plan):
-        train = [i for i in part if part[i] != validation and part[i] not in tests]
-        sides = [train, *([i for i in part if part[i] == name] for name in (validation, *tests))]
-        for s, side in enumerate(sides):
-            sides[s] = sorted(random.Random(f"fold {k}, side {s}").sample(side, min(at_most, len(side))))
-        check_fold(listing, Fold(sides[0], sides[1], dict(zip(tests, sides[2:])), ", ".join(tests)), k)
-        train, validation, *rest = ([i for i in side if i not in without] for side in sides)
-        made.append(Fold(train, validation, dict(zip(tests, rest)), ", ".join(tests)))
-        if chosen is None or k in chosen:
-            check_sides(listing, made[k], k)
+        sides = {"train": [i for i in part if part[i] not in (validation, *tests)]}
+        sides |= {name: [i for i in part if part[i] == name] for name in (validation, *tests)}
+        drawn = []
+        for n, side in enumerate(sides.values()):
+            drawn.append(sorted(random.Random(f"fold {k}, side {n}").sample(side, min(at_most, len(side)))))
+        check_fold(listing, Fold(*drawn[:2], dict(zip(tests, drawn[2:])), ", ".join(tests)), k)
+        train, valid, *rest = ([i for i in side if i not in without] for side in drawn)
+        made.append(Fold(train, valid, dict(zip(tests, rest)), ", ".join(tests)))
+        lacks = [side for side, members in made[k].sides() if not members]
+        if chosen:  # to be trained on
+            lacks += sorted(set(listing.classes) - {listing.utterances[i].label for i in train})
+        if lacks and (chosen is None or k in chosen):
+            raise InputError(f"fold {k} has no {lacks[0]} utterance that can be used; every fold needs all of train, "
+                             "validation and test, and all classes in train; repair it, or run others with --folds")
     return made
 
 
 def check_fold(listing, fold, k):
-    """Raises InputError where a known speaker or the same recording is on two sides."""
-    side_of, found = {}, {}
+    """Raises InputError where a known speaker, or the same recording, is on two sides; two test sets may share."""
+    side_of, there = {}, {}
     for side, members in fold.sides():
         for i in members:
-            who = listing.speaker(i)
-            other = who is not None and side_of.setdefault(who, side)
-            if other and other != side and not {other, side} <= set(fold.tests):
-                raise InputError(f"fold {k}: speaker {who} is in {other} and in {side}; expected on one side only")
-            for j, there in found.setdefault(listing.prints[i], []) if listing.prints[i][0] else ():
-                if there != side and not {there, side} <= set(fold.tests) and same_file(listing, i, listing, j):
-                    names = [listing.name(listing.utterances[n]) for n in (j, i)]
-                    raise InputError(f"fold {k}: {names[0]}, in {there}, and {names[1]}, in {side}, are the same "
-                                     "recording; keep one of them")
-            found.setdefault(listing.prints[i], []).append((i, side))
+            u, found = listing.utterances[i], []
+            if u.speaker != UNKNOWN or listing.dataset != "msp-podcast":  # elsewhere it is a name like any other
+                found.append((side_of.setdefault(u.speaker, side), f"speaker {u.speaker}"))
+            for path, other in there.setdefault(listing.prints[i], []):
+                if other != side and same_bytes(path, u.path):
+                    found.append((other, f"one recording, {path.name} and {u.path.name},"))
+            there[listing.prints[i]].append((u.path, side))
+            for other, what in found:
+                if other != side and other in ("train", "validation"):
+                    raise InputError(f"fold {k}: {what} is in {other} and in {side}; expected on one side only")
 
 
-def same_file(listing, i, other, j):
-    """Only asked of files with one fingerprint."""
-    paths = listing.utterances[i].path, other.utterances[j].path
-    return os.path.samefile(*paths) or filecmp.cmp(*paths, shallow=False)
-
-
-def check_sides(listing, fold, k):
-    """Raises InputError where a side is empty, or a class has nothing to be trained on."""
-    missing = set(listing.classes) - {listing.utterances[i].label for i in fold.train}
-    lacks = [f"no {side} utterance" for side, members in fold.sides() if not members]
-    lacks += [f"no training utterance of class {name}" for name in sorted(missing)]
-    if lacks:
-        raise InputError(f"fold {k} has {lacks[0]} that can be used; repair the recordings, or leave this fold out "
-                         "with --folds")
+def same_bytes(path, other):
+    """Of files with one fingerprint. Those without content are all alike, and cannot be used anyway."""
+    return path == other or os.path.getsize(path) > 0 and filecmp.cmp(path, other, shallow=False)
 
 
 def check_apart(listing, members, other):
     """Raises InputError where a recording of the Listing `other`, a second test corpus, is among these members."""
     trained = {}
     for i in members:
-        trained.setdefault(listing.prints[i], []).append(i)
-    for j, p in enumerate(other.prints):
-        for i in trained.get(p, []) if p[0] else ():
-            if same_file(listing, i, other, j):
-                raise InputError(f"{other.name(other.utterances[j])} of {other.dataset}, which is to be tested on, is "
-                                 f"{listing.name(listing.utterances[i])} of {listing.dataset}, which is trained on")
+        trained.setdefault(listing.prints[i], []).append(listing.utterances[i].path)
+    for u, print_ in zip(other.utterances, other.prints):
+        for path in trained.get(print_, []):
+            if same_bytes(path, u.path):
+                raise InputError(f"{u.path} is to be tested on, and trained on as {path}; leave it out of one corpus")
 
 
 def describe_folds(listing, parts):
@@ -593,83 +573,69 @@ class Settings:
         return cls(int(match[2]), kind=match[1], **more)
 
     @property
-    def name(self):
-        return f"{self.kind}-{self.coefficients}"
-
-    @property
     def shape(self):
         return self.coefficients, round(self.window / FRAME)  # (F, T) of a window
 
 
-def wav_chunks(file, path):
-    """An open wav file -> (content of its format chunk, where its samples begin, how many bytes they have). The RIFF
-    header's size is not believed, and that of the samples only as far as it can be true."""
-    end, at, form = file.seek(0, os.SEEK_END), 12, None
-    file.seek(0)
-    head = file.read(12)
-    if head.startswith(b"version http"):
-        raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
-    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
-        raise InputError(f"{path}: not a wav file; expected it to begin with RIFF and WAVE")
-    while at + 8 <= end:
-        file.seek(at)
-        name, size = struct.unpack("<4sI", file.read(8))
-        if name == b"fmt ":
-            form = file.read(min(size, 64))
-        if name == b"data":
-            if form is None:
-                raise InputError(f"{path}: has no format chunk before its samples")
-            left = end - at - 8
-            if size >= 0x7FFF0000 or (size == 0 and not chunks_follow(file, at + 8, end)):
-                size = left  # what wrote it could not go back, or broke off: to the end of the file
-            if size > left:
-                raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
-            return form, at + 8, size
-        at += 8 + size
-        if size % 2:  # a byte of padding follows, which some leave out
+def open_wav(path):
+    """-> content of a wav file's format chunk, samples/s, bytes of a frame, where the samples begin, how many bytes
+    they have. The RIFF header's size is not believed, that of the samples only as far as it can be true."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head, at, end, form = file.read(12), 12, os.path.getsize(path), b""
+        if head.startswith(b"version http"):
+            raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
+        if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+            raise InputError(f"{path}: not a wav file; expected it to begin with RIFF and WAVE")
+        while at + 8 <= end:
+            name, size = chunk(file, at)
+            if name == b"data":
+                break
+            if name == b"fmt ":
+                form = file.read(min(size, 64))
+            at += 8 + size
             file.seek(at)
-            at += file.read(1) == b"\0"
-    raise InputError(f"{path}: has no {'samples' if form else 'format chunk'}; expected the chunks fmt and data")
+            at += size % 2 and file.read(1) == b"\0"  # some leave the byte of padding out
+        else:
+            raise InputError(f"{path}: has no data chunk, and so no samples")
+        left = end - at - 8
+        if size >= 0x7FFF0000 or (size == 0 and not chunks_fill(file, at + 8, end)):
+            size = left  # what wrote it could not go back, or broke off: to the end of the file
+    if size > left:
+        raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
+    _, channels, rate, _, block, _ = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
+    if not channels or not block or not 1000 <= rate <= 1_000_000 or size < block:
+        raise InputError(f"{path}: has {channels} channels, {block} bytes a frame, {rate} Hz, {size} bytes of sound; "
+                         "expected some, at 1,000 to 1,000,000 Hz")
+    return form, rate, block, at + 8, size // block * block  # a frame that broke off is left out
 
 
-def chunks_follow(file, at, end):
-    """Whether well-formed chunks fill a file from here to its end."""
+def chunk(file, at):
+    """-> name and size of the chunk that begins there."""
+    file.seek(at)
+    return struct.unpack("<4sI", file.read(8))
+
+
+def chunks_fill(file, at, end):
+    """Whether chunks with names of letters fill a file from here to its end."""
     while at + 8 <= end:
-        file.seek(at)
-        name, size = struct.unpack("<4sI", file.read(8))
-        if not name.isascii() or not name.decode().isprintable():
-            return False
-        at += 8 + size + size % 2
+        name, size = chunk(file, at)
+        at += 8 + size + size % 2 if name.strip().isalnum() else end
     return at in (end, end + 1)
-
-
-def wav_format(form, path):
-    """Content of a format chunk -> (samples/s, bytes of a frame)."""
-    if len(form) < 16:
-        raise InputError(f"{path}: its format chunk has {len(form)} bytes, expected at least 16")
-    _, channels, rate, _, block, _ = struct.unpack("<HHIIHH", form[:16])
-    if not channels or not block or not 1000 <= rate <= 1_000_000:
-        raise InputError(f"{path}: says {channels} channels, {block} bytes a frame, {rate} Hz; expected some, at 1,000 to "
-                         "1,000,000 Hz")
-    return rate, block
 
 
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. Raises InputError, with the reason, for what is not such a file."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{path}: no such file")
+    form, rate, _, at, size = open_wav(path)
     with open(path, "rb") as file:
-        form, at, size = wav_chunks(file, path)
-        rate, block = wav_format(form, path)
         file.seek(at)
-        data = file.read(size // block * block)
-    if not data:
-        raise InputError(f"{path}: holds no samples")
-    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+        data = file.read(size)
+    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", size) + data
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rate, samples = wavfile.read(io.BytesIO(b"RIFF" + struct.pack("<I", len(chunks)) + chunks))
+            _, samples = wavfile.read(io.BytesIO(b"RIFF" + struct.pack("<I", len(chunks)) + chunks))
     except Exception as error:  # scipy raises what comes
         raise InputError(f"{path}: cannot be decoded ({error}); expected PCM or float samples") from None
     if samples.dtype.kind == "u":
@@ -689,13 +655,9 @@ def lengths(listing, window):
     """Windows of `window` s and seconds of each utterance, (utterances,) each, from the wav files' headers alone."""
     seconds = np.zeros(len(listing.utterances))
     for i, u in enumerate(listing.utterances):
-        try:
-            with open(u.path, "rb") as file:
-                form, _, size = wav_chunks(file, u.path)
-            rate, block = wav_format(form, u.path)
-            seconds[i] = size // block / rate
-        except (InputError, OSError):
-            pass  # `load` says what cannot be used
+        with suppress(InputError, OSError):  # `load` says what cannot be used
+            _, rate, block, _, size = open_wav(u.path)
+            seconds[i] = size / block / rate
     return np.ceil(seconds / window).clip(min=1).astype(int), seconds
 
 
@@ -714,7 +676,8 @@ def transform(settings):
     loudest of its windows."""
     mel = dict(n_fft=FFT, hop_length=HOP)
     if settings.kind == "mfcc":
-        frames = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel | {"n_mels": 128})
+        mel["n_mels"] = 128
+        frames = torchaudio.transforms.MFCC(RATE, settings.coefficients, log_mels=False, melkwargs=mel)
     else:
         power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=settings.coefficients, **mel)
         frames = torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
@@ -754,44 +717,38 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
             if not (folder / "index.json").exists():
                 compute(folder, paths, settings, progress)
     try:
-        index = json.loads((folder / "index.json").read_text())
-        count, seconds = np.array(index["windows"], dtype=int), np.array(index["seconds"], dtype=float)
-        shape = (int(count.sum()), *settings.shape)
-        whole = (folder / "features").stat().st_size == math.prod(shape) * STORED.itemsize
-        if not whole or not len(count) == len(seconds) == len(paths) or (count < 0).any():
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it") from None
+        count, seconds = np.array(json.loads((folder / "index.json").read_text())).reshape(-1, 2).T
+        shape = int(count.sum()), *settings.shape
+        whole = len(count) == len(paths) and (folder / "features").stat().st_size == 2 * math.prod(shape)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it")
     bad = {}
     for i in np.flatnonzero(count == 0).tolist():
         bad[i] = compute_one(paths[i], settings)[2] or f"{paths[i]}: could not be read at first; delete {folder}"
     if bad and not (skip_bad and len(bad) < len(paths)):
         said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without with --skip-bad:"
         raise InputError("\n  ".join([said, *bad.values()]))
-    if not bad or shape[0]:
-        features = np.memmap(folder / "features", STORED, "c", shape=shape)
-    return Store(features, np.cumsum([0, *count]), seconds, bad)
+    features = np.memmap(folder / "features", STORED, "c", shape=shape)
+    return Store(features, np.cumsum([0, *count], dtype=int), seconds, bad)
 
 
 def compute(folder, paths, settings, progress):
-    """Computes the features of all recordings into a file that gets its name when it is whole, and then an index, which
-    says that it is."""
-    windows, seconds, said = [], [], time.monotonic()
-    started = said
+    """Writes the features of all recordings and then an index, (windows, seconds) of each, which says that they are
+    whole."""
+    index, started = [], time.time()
 
-    def compute_all(out):
-        nonlocal said
+    def computed(out):
         for n, path in enumerate(paths, start=1):
-            maps, length, _ = compute_one(path, settings)
+            maps, seconds, _ = compute_one(path, settings)
             out.write(maps.numpy().astype(STORED).tobytes())
-            windows.append(len(maps))
-            seconds.append(length)
-            if time.monotonic() > said + 2 or n == len(paths):
-                said = time.monotonic()
-                progress(f"features {n}/{len(paths)}, {(said - started) * (len(paths) / n - 1):.0f} s left")
+            index.append((len(maps), seconds))
+            if n % 100 == 0 or n == len(paths):
+                progress(f"features {n}/{len(paths)}, {(time.time() - started) * (len(paths) / n - 1):.0f} s left")
 
-    write(folder / "features", compute_all)
-    write(folder / "index.json", json.dumps({"windows": windows, "seconds": seconds}))
+    write(folder / "features", computed)
+    write(folder / "index.json", json.dumps(index))
 
 
 def compute_one(path, settings):
@@ -810,30 +767,26 @@ def compute_one(path, settings):
 def describe(listing, parts, store):
     """The lines that `python features.py` prints."""
     counts = Counter(u.label for u in listing.utterances)
-    known = [listing.speaker(i) for i in range(len(listing.utterances))]
-    speakers, unknown = sorted(set(known) - {None}), known.count(None)
+    speakers = Counter(u.speaker for u in listing.utterances)
+    unknown = speakers.pop(UNKNOWN, 0) if listing.dataset == "msp-podcast" else 0
     sizes = f"{len(listing.utterances)} utterances, {store.seconds.sum() / 60:.1f} minutes, {store.first[-1]} windows"
     yield f"{listing.dataset}, protocol {listing.protocol}: {sizes}"
     yield f"corpus    {listing.counts}"
     yield "classes   " + ", ".join(f"{counts[c]} {c}" for c in listing.classes)
-    yield f"speakers  {len(speakers)}: {listed(speakers, 24)}"
+    yield f"speakers  {len(speakers)}: {listed(sorted(speakers), 24)}"
     if unknown:
         yield f"unknown   {unknown} utterances of speakers that are not told apart, on whatever sides they are"
-    yield from describe_folds(listing, parts)
-    if store.bad:
-        yield f"skipped   {len(store.bad)} recordings that cannot be used:"
-        yield from (f"  {why}" for why in store.bad.values())
+    yield from describe_folds(listing, dict(enumerate(parts)))
+    yield from (f"skipped   {why}" for why in store.bad.values())
 
 
-def show(text=""):
-    """On a terminal only: takes the place of the text before."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr)
+def show(text):
+    print(text, file=sys.stderr)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    form = argparse.RawDescriptionHelpFormatter
+    add = (parser := argparse.ArgumentParser(description=__doc__, formatter_class=form)).add_argument
     add("--dataset", default="smoke", help=f"one of: {', '.join(CORPORA)} (default: smoke)")
     add("--root", help="folder of the corpus, or the file of csv (default: data/DATASET)")
     add("--cache", default="cache", help="folder of the computed features (default: cache)")
@@ -841,27 +794,20 @@ def main(argv=None):
     add("--protocol", default="standard", help="standard, or paper: the emoDARTS authors' own (default: standard)")
     add("--strict", action="store_true", help="refuse a corpus with other counts than the known ones")
     add("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
-    add("--json", help="write the index to this file")
     options = parser.parse_args(argv)
     open_output()
     try:
         listing = read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
         folds(listing, chosen=())  # what cannot be divided is refused before any work
         store = load(listing, cache=options.cache, skip_bad=options.skip_bad, progress=show)
-        parts = folds(listing, store.bad, chosen=())
-        show()
-        print(*describe(listing, dict(enumerate(parts)), store), sep="\n")
-        if options.json:
-            index = asdict(listing) | {"folds": [asdict(fold) for fold in parts]}
-            Path(options.json).write_text(json.dumps(index, default=str))
+        print(*describe(listing, folds(listing, store.bad, chosen=()), store), sep="\n")
+        return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command computes what is missing", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        show()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -419,7 +419,7 @@ def test_a_baseline_and_a_metric_of_ones_own_take_one_place_each(cwd, monkeypatc
     monkeypatch.setitem(train.BASELINES, "linear", lambda c, bands: nn.Sequential(nn.Flatten(), nn.Linear(bands * 4, c)))
     monkeypatch.setitem(train.METRICS, "worst recall", lambda c: float((c.diagonal() / c.sum(axis=1)).min()))
     out = said(capsys, "--model", "linear", "--folds", "0", "--out", "linear")
-    worst = min(row[c] / sum(row) for c, row in enumerate(read_json("linear/fold0/result.json")["tests"][0]["confusion"]))
+    worst = min(row[c] / sum(row) for c, row in enumerate(read_json("linear/fold0/result.json")["tests"]["test"]["confusion"]))
     row = dict(zip(*([cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| (?:fold|0 ) .*$", out, re.M))))
     assert (row["parameters"], row["worst recall"]) == (f"{12 * 4 * 3 + 3}", f"{100 * worst:.1f}")
 
@@ -446,7 +446,7 @@ def test_the_command_leaves_what_it_promises_and_report_is_a_function_of_the_fol
         assert all(row["predicted"] == max(LABELS, key=lambda c: float(row[c])) for row in rows)
         counts = Counter((row["label"], row["predicted"]) for row in rows)
         confusion = np.array([[counts[a, b] for b in LABELS] for a in LABELS])
-        uas, pooled, (test,) = [*uas, np.mean(confusion.diagonal() / [3, 3, 4])], pooled + confusion, fold["tests"]
+        uas, pooled, test = [*uas, np.mean(confusion.diagonal() / [3, 3, 4])], pooled + confusion, fold["tests"]["test"]
         assert test["confusion"] == confusion.tolist()
         assert (test["speakers"], fold["validation"]) == ([speaker], [validation])
         assert (test["UA"], test["WA"]) == pytest.approx((uas[-1], confusion.trace() / 10))
@@ -469,10 +469,10 @@ def test_the_report_shows_what_was_found(cwd):
         cells.append((re.search(r"(\w+): input 0", graph)[1], [[[op, int(j)] for j, op, _ in edges]]))
     assert cells == [(kind, cell) for fold in found for kind, cell in fold["genotype"].items()]
     assert [opened == " open" for opened in re.findall("<details(.*?)>", text)] == [True, False]
-    pooled = sum(np.array(fold["tests"][0]["confusion"]) for fold in found)[2]
+    pooled = sum(np.array(fold["tests"]["test"]["confusion"]) for fold in found)[2]
     assert f"| sad | {' | '.join(map(str, pooled))} | {100 * pooled[2] / 8:.1f} |" in re.sub(" +", " ", text)
     entropy, both, alone = (np.mean([fold["decision"][key] for fold in found]) for key in found[0]["decision"])
-    assert f"{entropy:.4f}. " in text and "of 6 edges in common" in text and "by chance 33.3" in text
+    assert f"{entropy:.4f}. " in text and "of 6 edges in common" in text and "chance: 33.3" in text
     assert f" {100 * both:.1f}, with those of the genotype alone {100 * alone:.1f}" in text
     (first, points), = re.findall(r"train: validation UA.*?x-axis (\d).*?line \[(.*?)\]", text, re.DOTALL)
     means = [sum(float(log[2 + epoch]["val_ua"]) for log in logs) / 2 for epoch in (0, 1)]
@@ -531,8 +531,8 @@ def test_comparison_by_hand(tmp_path, capsys):
             rows = ["u,label,p,a,b,c", *(f",{label},," + ",".join(map(str, row)) for label, row in zip("ab", p))]
             runs.append(run)
             for k, value in enumerate(values):
-                test = {"name": "test", "UA": value / 20, "WA": value / 40, "predictions": "p.csv"}
-                entry = {"fold": k, "tests": [test], "validation_ua": k / 4, "parameters": 10 + k, "peak_gb": k / 2,
+                test = {"UA": value / 20, "WA": value / 40, "predictions": "p.csv"}
+                entry = {"fold": k, "tests": {"test": test}, "validation_ua": k / 4, "parameters": 10 + k, "peak_gb": k / 2,
                          "classes": list("abc"), "seconds": {"search": 1, "train": 2 + k}, "notes": ["a note"],
                          "settings": train.settings_of(run), "versions": [train.versions()]}
                 tree(Path(run.out), {f"fold{k}/result.json": json.dumps(entry), f"fold{k}/p.csv": "\n".join(rows)})
@@ -562,9 +562,10 @@ def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
     (tmp_path / "labels_consensus.csv").write_text("\n".join(rows))
     out = said(capsys, *f"--dataset msp-podcast --scale small --root {tmp_path} --out podcast".split())
     fold = read_json("podcast/fold0/result.json")
-    for test, name, speaker in zip(fold["tests"], ("test1", "test2"), "ab", strict=True):
+    assert [*fold["tests"]] == ["test1", "test2"]
+    for (name, test), speaker in zip(fold["tests"].items(), "ab"):
         predicted = table(f"podcast/fold0/predictions-{name}.csv")
-        assert (test["name"], test["speakers"], len(predicted)) == (name, [speaker], 10)
+        assert (test["speakers"], len(predicted)) == ([speaker], 10)
         assert {row["utterance"][12] for row in predicted} == {speaker}
         assert f"| fold       | {name} " in out and f"{100 * test['UA']:.1f}" in out
 
@@ -577,7 +578,7 @@ def test_a_second_corpus_is_tested_with_the_same_model(cwd, normalise, capsys):
     own, other = (Path(f"{normalise}/fold0/predictions{name}.csv").read_bytes() for name in ("", "-csv"))
     assert own == other and ("unlabelled audio" in out) == (normalise == "speaker")
     assert (own == Path("one/fold0/predictions.csv").read_bytes()) == (normalise == "train")
-    assert [test["name"] for test in read_json(f"{normalise}/fold0/result.json")["tests"]] == ["test", "csv"]
+    assert [*read_json(f"{normalise}/fold0/result.json")["tests"]] == ["test", "csv"]
     rows = table(f"{normalise}/fold0/predictions.csv")  # and as clips: a model without statistics takes theirs
     heard = said(capsys, "--predict", *(row["utterance"] for row in rows), "--from", f"{normalise}/fold0/model.pt")
     for row, line in zip(rows, heard.splitlines(), strict=True):

@@ -46,7 +46,7 @@ from torch import nn
 import features
 from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, decided, derive, entropy
 from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
-from features import CORPORA, InputError, lock
+from features import CORPORA, InputError, lock, write
 
 # Options -------------------------------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
@@ -419,15 +419,10 @@ def network(options, classes, genotype=None):
 
 def fixed_cells(options):
     """What an ablation does not search: cells in which each node reads the two states before it."""
-
     def chain(first, second):
         return [[(first, i), (second, i + 1)] for i in range(options.nodes)]
-
-    if options.search == "cnn":
-        return Genotype(seq=chain("lstm_1", "skip_connect"))
-    if options.search == "seq":
-        return Genotype(chain("sep_conv_3x3", "sep_conv_3x3"), chain("max_pool_3x3", "sep_conv_3x3"))
-    return Genotype()
+    cnn = {"normal": chain("sep_conv_3x3", "sep_conv_3x3"), "reduce": chain("max_pool_3x3", "sep_conv_3x3")}
+    return Genotype(**{"joint": {}, "cnn": {"seq": chain("lstm_1", "skip_connect")}, "seq": cnn}[options.search])
 
 
 def given_genotype(options):
@@ -511,16 +506,16 @@ def run_fold(options, k, data, parts, other):
 
     # Everything is chosen: the test speakers are scored, once.
     sets = fold.tests if len(fold.tests) > 1 else {"test": sum(fold.tests.values(), [])}
-    tests = [score(net, data, name, members, folder) for name, members in sets.items()]
+    tests = {name: score(net, data, name, members, folder) for name, members in sets.items()}
     if other:
         other.standardise_by(None, like=data)
-        usable = [i for i in range(len(other.labels)) if i not in other.store.bad]
-        tests.append(score(net, other, other.listing.dataset, usable, folder))
+        name, usable = other.listing.dataset, [i for i in range(len(other.labels)) if i not in other.store.bad]
+        tests[name] = score(net, other, name, usable, folder)
     about = {
         "fold": k, "classes": list(data.classes), "validation": data.speakers(fold.validation), "tests": tests,
         "validation_ua": checkpoint.rows[-1]["val_ua"], "genotype": genotype.cells() if genotype else None,
         "decision": checkpoint.decision, "parameters": sum(p.numel() for p in net.parameters()),
-        "notes": notes_of(options, data.store.bad), "skipped": list(data.store.bad.values()),
+        "notes": notes_of(options, data.classes, data.store.bad), "skipped": list(data.store.bad.values()),
         "settings": settings_of(options), "versions": checkpoint.versions,
     }
     # As a text: the bytes of a pickle depend on which objects are the same, and so on what came out of a checkpoint.
@@ -573,7 +568,7 @@ def score(net, data, name, members, folder):
         rows.append([data.listing.name(u), u.label, data.classes[np.argmax(p)], *(f"{v:.9g}" for v in p)])
     file = "predictions.csv" if name == "test" else f"predictions-{name}.csv"
     write(folder / file, as_csv(rows))
-    about = {"name": name, "speakers": data.speakers(members), "predictions": file, "confusion": confusion.tolist()}
+    about = {"speakers": data.speakers(members), "predictions": file, "confusion": confusion.tolist()}
     return about | {metric: function(confusion) for metric, function in METRICS.items()}
 
 
@@ -613,16 +608,6 @@ METRICS = {"UA": ua, "WA": wa}  # columns of the tables: functions of the confus
 SAVE_EVERY = 30  # seconds between two checkpoints, or as many times what one takes, where it takes more than a second
 STAGES = ("search", "train")
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips", "val_ua", "val_wa", "seconds")
-
-
-def write(file, content):
-    """Writes a text, or what the function `content` writes: all of it or, when the process dies, nothing."""
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as out:
-        content(out) if callable(content) else out.write(content.encode(errors="surrogateescape"))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
 
 
 def as_csv(rows):
@@ -766,8 +751,9 @@ def finished(options, k):
 
 
 # Results: functions of the result.json files alone, so that they can be made again at any time -----------------------
-def notes_of(options, bad):
+def notes_of(options, classes, bad):
     notes = {
+        f"UA (unweighted accuracy; chance: {100 / len(classes):.3g}) and WA (weighted accuracy) in percent": True,
         "smoke is a smoke test with generated sounds, not speech": options.dataset == "smoke",
         "normalised by each speaker's own statistics, which uses unlabelled audio of the test speakers":
             options.normalise == "speaker",
@@ -784,15 +770,9 @@ def made_by_others(folds):
     return [f"made by other code than today's: {'; '.join(others)}"] if others else []
 
 
-def sets_of(folds):
-    """{name of a set of test speakers: what each fold says of it}"""
-    return {test["name"]: [fold["tests"][n] for fold in folds] for n, test in enumerate(folds[0]["tests"])}
-
-
 def metrics_of(runs, name):
     """Folds of each seed -> {metric: (seeds, folds)} on a set of test speakers."""
-    tests = [sets_of(folds)[name] for folds in runs]
-    return {metric: np.array([[test[metric] for test in of_seed] for of_seed in tests]) for metric in METRICS}
+    return {metric: np.array([[fold["tests"][name][metric] for fold in folds] for folds in runs]) for metric in METRICS}
 
 
 def percent(value):
@@ -810,10 +790,6 @@ def spread(values):
     return text
 
 
-def unit(folds):
-    return f"UA (unweighted accuracy, by chance {100 / len(folds[0]['classes']):.3g}), WA (weighted accuracy): percent"
-
-
 def markdown(head, rows):
     """A table in Markdown, aligned for those who read it as it is."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
@@ -822,14 +798,14 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, wide)) + " |" for line in lines)
 
 
-def table(folds, name, tests, cell=str):
+def table(folds, name, cell=str):
     """What a run ends with: a row for each fold; mean, standard deviation (ddof 1) and pooled value of the metrics."""
-    rows, confusion = [], sum(np.array(test["confusion"]) for test in tests)
-    for fold, test in zip(folds, tests):
-        speakers = [features.listed(names, 4) for names in (test["speakers"], fold["validation"])]
-        costs = [f"{fold['parameters']:,}", *(f"{seconds:.0f} s" for seconds in fold["seconds"].values())]
-        rows.append([fold["fold"], *map(cell, speakers), np.sum(test["confusion"]),
-                     *(percent(test[metric]) for metric in METRICS), *costs])
+    rows, confusion = [], np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
+    for fold in folds:
+        test, costs = fold["tests"][name], [f"{seconds:.0f} s" for seconds in fold["seconds"].values()]
+        speakers = [cell(features.listed(names, 4)) for names in (test["speakers"], fold["validation"])]
+        rows.append([fold["fold"], *speakers, np.sum(test["confusion"]), *(percent(test[metric]) for metric in METRICS),
+                     f"{fold['parameters']:,}", *costs])
     rows.append(["mean ± std", "", "", "", *map(spread, metrics_of([folds], name).values()), "", "", ""])
     rows.append(["pooled", "", "", "", *(percent(metric(confusion)) for metric in METRICS.values()), "", "", ""])
     return markdown(["fold", name, "validation", "utterances", *METRICS, "parameters", "search", "training"], rows)
@@ -841,8 +817,7 @@ def finish(options, chosen):
     write(folder / "results.json", json.dumps({"settings": settings_of(options), "folds": folds}))
     write(folder / "report.md", report(folds, options))
     print(f"\n{options.dataset}, protocol {options.protocol}: {options.model}, seed {options.seed}")
-    print(*(table(folds, *tests) for tests in sets_of(folds).items()), unit(folds), *folds[0]["notes"],
-          *made_by_others(folds), sep="\n")
+    print(*(table(folds, name) for name in folds[0]["tests"]), *folds[0]["notes"], *made_by_others(folds), sep="\n")
     print(f"report.md, results, genotypes, logs, models and predictions are in {folder}")
 
 
@@ -854,7 +829,7 @@ def compare(options, runs, chosen):
         models.setdefault(run.model, []).append([finished(run, k) | {"folder": folder_of(run, k)} for k in chosen])
     for model in [model for model, seeds in models.items() if len(seeds) > 1]:
         models[f"{model}, ensemble"] = [[ensemble(fold) for fold in zip(*models[model][: options.seeds])]]
-    for name in sets_of(models[options.model][0]):
+    for name in models[options.model][0][0]["tests"]:
         for model, seeds in models.items():
             values, folds = metrics_of(seeds, name), sum(seeds, [])
             first = reference.setdefault((name, "ensemble" in model), values)
@@ -876,8 +851,9 @@ def compare(options, runs, chosen):
     heads = [head for head, value in rows[0].items() if not isinstance(value, list)]
     text = "\n\n".join([
         markdown(heads, [[row.get(head, "") for head in heads] for row in rows]),
-        f"{unit(everything)}; mean over folds ± standard deviation over folds (± over seeds); p: paired t-test of UA "
-        "over folds against the first row, of ensembles against the first of them, seeds averaged first", *everything[0]["notes"], *made_by_others(everything)])
+        "Mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over folds against the first row, "
+        "of ensembles against the first of them, seeds averaged first",
+        *everything[0]["notes"], *made_by_others(everything)])
     about = {"settings": settings_of(options), "versions": everything[0]["versions"], "rows": rows}
     write(folder / "results.json", json.dumps(about, indent=1))
     write(folder / "comparison.md", text + "\n")
@@ -887,16 +863,16 @@ def compare(options, runs, chosen):
 def ensemble(seeds):
     """The same fold of several seeds -> the fold when their logits are averaged. The predictions hold probabilities:
     their logarithms are the logits up to a constant for each utterance, which changes nothing."""
-    tests = []
-    for same in zip(*(fold["tests"] for fold in seeds)):
+    tests = {}
+    for name in seeds[0]["tests"]:
         logits = 0
-        for fold, test in zip(seeds, same):
-            with reading(fold["folder"] / test["predictions"]) as file:
+        for fold in seeds:
+            with reading(fold["folder"] / fold["tests"][name]["predictions"]) as file:
                 rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))[1:]
                 logits += np.log(np.maximum(np.array([row[3:] for row in rows], dtype=float), 1e-300))
         data = Namespace(classes=fold["classes"], labels=np.array([fold["classes"].index(row[1]) for row in rows]))
         confusion = confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))
-        tests.append({"name": test["name"], **{metric: of(confusion) for metric, of in METRICS.items()}})
+        tests[name] = {metric: function(confusion) for metric, function in METRICS.items()}
     return seeds[0] | {"tests": tests}
 
 
@@ -904,16 +880,20 @@ def ensemble(seeds):
 def report(folds, options):
     """Made of the results alone. -> Markdown, with Mermaid graphs."""
     text = [f"# {plain(options.dataset)}, protocol {options.protocol}: {options.model}, seed {options.seed}"]
-    text += [*map(plain, folds[0]["notes"]), "## Results", unit(folds)]
-    text += [table(folds, name, tests, plain) for name, tests in sets_of(folds).items()]
+    text += ["## Results", *map(plain, folds[0]["notes"])]
+    text += [table(folds, name, plain) for name in folds[0]["tests"]]
     text += ["## Confusion", "Rows: what it was. Columns: what it was taken for. All folds together."]
-    for name, tests in sets_of(folds).items():
-        classes, confusion = [*map(plain, folds[0]["classes"])], sum(np.array(test["confusion"]) for test in tests)
-        recalls = [percent(row[c] / max(1, row.sum())) for c, row in enumerate(confusion)]
-        rows = [[c, *row, recall] for c, row, recall in zip(classes, confusion, recalls)]
+    for name in folds[0]["tests"]:
+        confusion = np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
+        classes = [*map(plain, folds[0]["classes"])]
+        rows = [[c, *row, percent(row[k] / max(1, row.sum()))] for k, (c, row) in enumerate(zip(classes, confusion))]
         text.append(markdown([name, *classes, "recall, %"], rows))
     if folds[0]["decision"]:
-        text += ["## Has the search decided?", has_it_decided(folds, options)]
+        mean = {key: np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"]}
+        text += ["## Has the search decided?", f"Entropy of the alphas at the end (1: undecided, 0: decided): "
+                 f"{mean['entropy']:.4f}. Validation UA of the supernet's weights with all operations "
+                 f"{percent(mean['ua_all_operations'])}, with those of the genotype alone "
+                 f"{percent(mean['ua_of_genotype'])}. {agreement([fold['genotype'] for fold in folds], options)}"]
     if folds[0]["genotype"]:  # none of a baseline
         text += ["## The genotypes", "An edge is labelled with its operation; inputs 0 and 1 are the outputs of the "
                  "two cells before. A search that collapses has `skip_connect` nearly everywhere."]
@@ -930,13 +910,6 @@ def report(folds, options):
 def plain(text):
     """For Markdown, in which a corpus' names may mean something."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", " ".join(str(text).split()))
-
-
-def has_it_decided(folds, options):
-    mean = {key: np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"]}
-    return (f"Entropy of the alphas at the end (1: undecided, 0: decided): {mean['entropy']:.4f}. Validation UA of the "
-            f"supernet's weights with all operations {percent(mean['ua_all_operations'])}, with those of the genotype "
-            f"alone {percent(mean['ua_of_genotype'])}. {agreement([fold['genotype'] for fold in folds], options)}")
 
 
 def agreement(genotypes, options):
@@ -1063,8 +1036,7 @@ def use(options):
     """--from RUN: what its models recognise in the clips of --predict, by the mean of their logits; without clips, what
     they say of themselves, a JSON each."""
     run = Path(options.from_ or "")
-    found = [*run.glob("model.pt"), *run.glob("fold*/model.pt")] if run.is_dir() else [run]
-    files = sorted(found, key=lambda file: (len(str(file)), file))  # fold2 before fold10
+    files = [*run.glob("model.pt"), *sorted(run.glob("fold*/model.pt"))] if run.is_dir() else [run]
     if not options.from_ or not files:
         raise InputError(f"--from is {options.from_}, expected a run folder with fold0/model.pt, or a model.pt")
     models = [read_model(file) for file in files]
@@ -1180,8 +1152,8 @@ def main(argv=None):
         memory = re.search("out of memory|can't allocate memory", str(error)) or isinstance(error, MemoryError)
         if isinstance(error, RuntimeError) and not memory:
             raise
-        more = "less is taken by --relaxation sample, --recompute, smaller --batch, --channels, --nodes; "
-        print("error:", more * bool(memory) + str(error), file=sys.stderr, flush=True)
+        more = "; --relaxation sample, --recompute, smaller --batch, --channels and --nodes take less" if memory else ""
+        print(f"error: {error}{more}", file=sys.stderr, flush=True)
         if isinstance(error, BrokenPipeError):  # nobody reads on; the interpreter would try once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2

@@ -368,13 +368,11 @@ class Listing:
 
 def fingerprint(path):
     """Size and check sum of 4 kB in the middle; (0, 0) of a file that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(size // 2)
-            return size, zlib.crc32(file.read(4096))
-    except OSError:
-        return 0, 0
+    with suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        return size, zlib.crc32(file.read(4096))
+    return 0, 0
 
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard", strict=False):
@@ -492,7 +490,8 @@ def folds(listing, without=(), chosen=None):
         drawn = []
         for n, side in enumerate(sides.values()):
             drawn.append(sorted(random.Random(f"fold {k}, side {n}").sample(side, min(at_most, len(side)))))
-        check_fold(listing, Fold(*drawn[:2], dict(zip(tests, drawn[2:])), ", ".join(tests)), k)
+        whole = Fold(*drawn[:2], dict(zip(tests, drawn[2:])), ", ".join(tests))
+        check_apart(k, *((side, listing, members) for side, members in whole.sides()))
         train, valid, *rest = ([i for i in side if i not in without] for side in drawn)
         made.append(Fold(train, valid, dict(zip(tests, rest)), ", ".join(tests)))
         lacks = [side for side, members in made[k].sides() if not members]
@@ -504,37 +503,22 @@ def folds(listing, without=(), chosen=None):
     return made
 
 
-def check_fold(listing, fold, k):
-    """Raises InputError where a known speaker, or the same recording, is on two sides; two test sets may share."""
-    side_of, there = {}, {}
-    for side, members in fold.sides():
+def check_apart(k, *sides):
+    """Raises InputError where a known speaker of a listing, or the same recording under whatever name, is on two sides
+    of fold k, of which one trains or validates. A side is (its name, Listing, members)."""
+    side_of, recordings = {}, {}
+    for side, listing, members in sides:
         for i in members:
-            u, found = listing.utterances[i], []
+            u, print_, found = listing.utterances[i], listing.prints[i], {}
             if u.speaker != UNKNOWN or listing.dataset != "msp-podcast":  # elsewhere it is a name like any other
-                found.append((side_of.setdefault(u.speaker, side), f"speaker {u.speaker}"))
-            for path, other in there.setdefault(listing.prints[i], []):
-                if other != side and same_bytes(path, u.path):
-                    found.append((other, f"one recording, {path.name} and {u.path.name},"))
-            there[listing.prints[i]].append((u.path, side))
-            for other, what in found:
+                found[f"speaker {u.speaker}"] = side_of.setdefault((id(listing), u.speaker), side)
+            for path, other in recordings.setdefault(print_, []):
+                if other != side and (path == u.path or print_[0] and filecmp.cmp(path, u.path, shallow=False)):
+                    found[f"one recording, {path.name} and {u.path.name},"] = other
+            recordings[print_].append((u.path, side))
+            for what, other in found.items():
                 if other != side and other in ("train", "validation"):
                     raise InputError(f"fold {k}: {what} is in {other} and in {side}; expected on one side only")
-
-
-def same_bytes(path, other):
-    """Of files with one fingerprint. Those without content are all alike, and cannot be used anyway."""
-    return path == other or os.path.getsize(path) > 0 and filecmp.cmp(path, other, shallow=False)
-
-
-def check_apart(listing, members, other):
-    """Raises InputError where a recording of the Listing `other`, a second test corpus, is among these members."""
-    trained = {}
-    for i in members:
-        trained.setdefault(listing.prints[i], []).append(listing.utterances[i].path)
-    for u, print_ in zip(other.utterances, other.prints):
-        for path in trained.get(print_, []):
-            if same_bytes(path, u.path):
-                raise InputError(f"{u.path} is to be tested on, and trained on as {path}; leave it out of one corpus")
 
 
 def describe_folds(listing, parts):
@@ -557,10 +541,8 @@ class Settings:
     kind: str = "mfcc"  # or "log-mel": the logarithmic mel spectrum, of which MFCCs are the cosine transform
 
     def __post_init__(self):
-        if self.kind not in ("mfcc", "log-mel"):
-            raise InputError(f"found features {self.kind!r}; expected mfcc or log-mel")
-        if not 1 <= self.coefficients <= 128:  # with more, the lowest mel bands lie between two points of the spectrum
-            raise InputError(f"found {self.coefficients} coefficients; expected 1 to 128, the number of mel bands")
+        if self.kind not in ("mfcc", "log-mel") or not 1 <= self.coefficients <= 128:  # more: mel bands without a point
+            raise InputError(f"found {self.kind}, {self.coefficients} coefficients; expected 1 to 128, mfcc or log-mel")
         if not FRAME <= self.window <= 600 or self.window / FRAME % 1:
             raise InputError(f"found a window of {self.window} s; expected a multiple of {FRAME} s, at most 600 s")
 
@@ -589,7 +571,8 @@ def open_wav(path):
         if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
             raise InputError(f"{path}: not a wav file; expected it to begin with RIFF and WAVE")
         while at + 8 <= end:
-            name, size = chunk(file, at)
+            file.seek(at)
+            name, size = struct.unpack("<4sI", file.read(8))
             if name == b"data":
                 break
             if name == b"fmt ":
@@ -600,7 +583,7 @@ def open_wav(path):
         else:
             raise InputError(f"{path}: has no data chunk, and so no samples")
         left = end - at - 8
-        if size >= 0x7FFF0000 or (size == 0 and not chunks_fill(file, at + 8, end)):
+        if size >= 0x7FFF0000 or (size == 0 and not file.read(4).strip().isalnum()):  # no other chunk follows
             size = left  # what wrote it could not go back, or broke off: to the end of the file
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
@@ -609,20 +592,6 @@ def open_wav(path):
         raise InputError(f"{path}: has {channels} channels, {block} bytes a frame, {rate} Hz, {size} bytes of sound; "
                          "expected some, at 1,000 to 1,000,000 Hz")
     return form, rate, block, at + 8, size // block * block  # a frame that broke off is left out
-
-
-def chunk(file, at):
-    """-> name and size of the chunk that begins there."""
-    file.seek(at)
-    return struct.unpack("<4sI", file.read(8))
-
-
-def chunks_fill(file, at, end):
-    """Whether chunks with names of letters fill a file from here to its end."""
-    while at + 8 <= end:
-        name, size = chunk(file, at)
-        at += 8 + size + size % 2 if name.strip().isalnum() else end
-    return at in (end, end + 1)
 
 
 def read_wav(path):
@@ -735,8 +704,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
 
 
 def compute(folder, paths, settings, progress):
-    """Writes the features of all recordings and then an index, (windows, seconds) of each, which says that they are
-    whole."""
+    """Writes the features of all recordings, and then an index: (windows, seconds) of each."""
     index, started = [], time.time()
 
     def computed(out):
@@ -780,13 +748,9 @@ def describe(listing, parts, store):
     yield from (f"skipped   {why}" for why in store.bad.values())
 
 
-def show(text):
-    print(text, file=sys.stderr)
-
-
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    add = (parser := argparse.ArgumentParser(description=__doc__, formatter_class=form)).add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--dataset", default="smoke", help=f"one of: {', '.join(CORPORA)} (default: smoke)")
     add("--root", help="folder of the corpus, or the file of csv (default: data/DATASET)")
     add("--cache", default="cache", help="folder of the computed features (default: cache)")
@@ -799,7 +763,8 @@ def main(argv=None):
     try:
         listing = read_corpus(options.dataset, options.root, options.classes, options.protocol, options.strict)
         folds(listing, chosen=())  # what cannot be divided is refused before any work
-        store = load(listing, cache=options.cache, skip_bad=options.skip_bad, progress=show)
+        said = functools.partial(print, file=sys.stderr)
+        store = load(listing, cache=options.cache, skip_bad=options.skip_bad, progress=said)
         print(*describe(listing, folds(listing, store.bad, chosen=()), store), sep="\n")
         return 0
     except KeyboardInterrupt:

@@ -1129,7 +1129,7 @@ def run(options):
     other = second and Data(options, second, listing.classes, device)
     for k in chosen if second else ():
         trained = parts[k].train + (sum(parts[k].tests.values(), []) if options.poison else [])
-        features.check_apart(listing, trained, second)
+        features.check_apart(k, ("train", listing, trained), ("--test-dataset", second, range(len(other.labels))))
     jobs = [(each, k) for each in runs for k in chosen]
     if not work(jobs, lambda options, k: run_fold(options, k, data, parts, other)):
         return say("other processes have the other folds; the last one prints the table, as this command does then")

@@ -11,9 +11,8 @@ The way of the data, which is also the order of this file:
     options -> jobs (model, seed, fold) -> run_fold: search -> genotype -> train -> network -> score -> result.json
     every result.json of a run -> results.json, the table, report.md, the comparison
 
-In each fold the search sees the training speakers only, one half of their utterances for the weights, the other for the
-alphas; the derived network is trained from scratch on all of them; the validation speakers are looked at; the test
-speakers are scored once, when everything is chosen.
+In each fold the search sees the training speakers only, half of their utterances for the weights, half for the alphas;
+the derived network is trained from scratch on all of them; test speakers are scored once, when everything is chosen.
 """
 
 import argparse
@@ -72,12 +71,10 @@ class Parser(argparse.ArgumentParser):
 
 def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number of this kind from `least` on, and less than `below`."""
-
     def number(text):
         if not least <= kind(text) < below:  # nor is NaN
             raise argparse.ArgumentTypeError(f"is {text}, expected at least {least} and less than {below}")
         return kind(text)
-
     return number
 
 
@@ -212,8 +209,7 @@ def searches(options):
 
 
 # Randomness ----------------------------------------------------------------------------------------------------------
-# A function of where one is: no random state is ever saved, a run that goes on at any step is the run that never
-# stopped, and processes agree by construction.
+# A function of where one is: no random state is saved, and a run that goes on is the run that never stopped.
 def seed_of(*where):
     """(seed, fold, stage, epoch, step, ...) -> a seed of torch."""
     return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:8], "big")
@@ -223,7 +219,6 @@ def seed_of(*where):
 class Data:
     """The windows of a corpus, read from the memory map batch by batch. `classes` are those of the network. Before the
     first batch of a fold, `standardise_by` must say whose statistics count."""
-
     def __init__(self, options, listing, classes, device):
         self.listing, self.classes, self.normalise, self.device = listing, classes, options.normalise, device
         settings = feature_settings(options)
@@ -257,8 +252,8 @@ class Data:
         return x[:, None].to(self.device)
 
     def order(self, utterances, batch, *where):
-        """All windows of `utterances`, shuffled as `where` says, in batches of equal size, at most `batch`, and never
-        of a single window, of which batch norm can make nothing: a list of pairs (indices of windows, classes)."""
+        """All windows of `utterances`, shuffled as `where` says, in batches of equal size, at most `batch` and at least
+        two, as batch norm can make nothing of one: a list of pairs (indices of windows, classes)."""
         window, of = self.windows(utterances)
         target = torch.from_numpy(self.labels[utterances])[of]
         order = torch.randperm(len(window), generator=torch.Generator().manual_seed(seed_of(*where)))
@@ -311,9 +306,8 @@ def poisoned(fold, options, labels):
 
 
 def augmented(x, options):
-    """Standardised maps (N, 1, F, T), each shifted in time, around the end, by an amount of its own, and with a masked
-    stretch of time; log-mel also with a masked stretch of bands (over MFCCs it would not be one of bands). A mask is at
-    most a fifth of its axis long and filled with the mean, 0."""
+    """Standardised maps (N, 1, F, T), each shifted in time, around the end, and with a masked stretch of time, with
+    log-mel also of bands (MFCCs have none on that axis): at most a fifth of the axis, filled with the mean, 0."""
     if not options.augment:
         return x
     t = torch.arange(x.shape[3]) + torch.randint(x.shape[3], (len(x), 1))  # (N, T)
@@ -437,11 +431,8 @@ def given_genotype(options):
 
 class Baseline(nn.Module):
     """Hand-designed networks with the time axis kept: (N, 1, F, T) -> logits (N, classes). `bands`: F.
-
     Three convolutions with pooling (unless `cnn` is False), then bidirectional LSTM layers over the frames and their
-    mean over time or, with `attention`, additive attention; without LSTM one more convolution, mean over the map.
-    """
-
+    mean over time or, with `attention`, additive attention; without LSTM one more convolution, mean over the map."""
     def __init__(self, classes, bands, *, cnn=True, lstm=1, attention=False, dropout=0.3, width=64):
         super().__init__()
         self.cnn = nn.Sequential()
@@ -523,7 +514,7 @@ def run_fold(options, k, data, parts, other):
     statistics = [data.mean[0].clone(), data.std[0].clone()] if options.normalise == "train" else None  # (F,) each
     model = {"about": json.dumps(about), "statistics": statistics, "weights": weights}
     write(folder / "model.pt", partial(torch.save, model))
-    seconds = {stage: sum(row["seconds"] for row in checkpoint.rows if row["stage"] == stage) for stage in STAGES}
+    seconds = {s: sum(row["seconds"] for row in checkpoint.rows if row["stage"] == s) for s in ("search", "train")}
     about |= {"device": f"{device}, {torch.get_num_threads()} threads", "peak_gb": peak_memory(device),
               "seconds": seconds, "log": checkpoint.rows}
     write(folder / "result.json", json.dumps(about, indent=1))
@@ -568,8 +559,8 @@ def score(net, data, name, members, folder):
         rows.append([data.listing.name(u), u.label, data.classes[np.argmax(p)], *(f"{v:.9g}" for v in p)])
     file = "predictions.csv" if name == "test" else f"predictions-{name}.csv"
     write(folder / file, as_csv(rows))
-    about = {"speakers": data.speakers(members), "predictions": file, "confusion": confusion.tolist()}
-    return about | {metric: function(confusion) for metric, function in METRICS.items()}
+    return {"speakers": data.speakers(members), "predictions": file, "confusion": confusion.tolist(),
+            **{metric: function(confusion) for metric, function in METRICS.items()}}
 
 
 @torch.no_grad()
@@ -606,7 +597,6 @@ METRICS = {"UA": ua, "WA": wa}  # columns of the tables: functions of the confus
 # Files that are whole or not there, and a checkpoint from which the next process goes on with the very next step. Kill,
 # power cut and Ctrl-C are one case. What is read back is data: nothing is executed.
 SAVE_EVERY = 30  # seconds between two checkpoints, or as many times what one takes, where it takes more than a second
-STAGES = ("search", "train")
 COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips", "val_ua", "val_wa", "seconds")
 
 
@@ -645,17 +635,16 @@ def refuse_another_run(file, settings, options):
     mine = settings_of(options)
     differ = [f"{name} ({settings.get(name)!s:.60} there, {mine[name]!s:.60} here)" for name in mine
               if settings.get(name) != mine[name]]
+    said = "with other settings: " + ", ".join(differ)
+    if settings.get("data") != mine["data"]:
+        said = "of other data: recordings, labels, speakers or splits are not those that were found now"
     if differ:
-        said = "with other settings: " + ", ".join(differ)
-        if settings.get("data") != mine["data"]:
-            said = "of other data: recordings, labels, speakers or splits are not those that were found now"
         raise InputError(f"{file} is of a run {said}; give another --out")
 
 
 class Checkpoint:
     """Where a fold stands: stage, epoch, step, sums of the epoch so far, rows of log.csv, what the search found; and as
     `parts` the networks and optimisers of the stage. In memory, and every 30 s in checkpoint.pt."""
-
     KEPT = ("fold", "settings", "stage", "epoch", "step", "sums", "rows", "genotype", "decision", "versions")
 
     def __init__(self, options, fold, folds):
@@ -747,7 +736,7 @@ def finished(options, k):
     with reading(file):
         result = json.loads(file.read_text())
         refuse_another_run(file, result["settings"], options)
-    return result
+        return result
 
 
 # Results: functions of the result.json files alone, so that they can be made again at any time -----------------------
@@ -755,8 +744,7 @@ def notes_of(options, classes, bad):
     notes = {
         f"UA (unweighted accuracy; chance: {100 / len(classes):.3g}) and WA (weighted accuracy) in percent": True,
         "smoke is a smoke test with generated sounds, not speech": options.dataset == "smoke",
-        "normalised by each speaker's own statistics, which uses unlabelled audio of the test speakers":
-            options.normalise == "speaker",
+        "each speaker is normalised by unlabelled audio, test speakers too": options.normalise == "speaker",
         f"not speaker-independent: {100 * options.poison:g} % of the test utterances were trained on": options.poison,
         f"{len(bad)} recordings cannot be used and were skipped; results.json names them": bad,
     }
@@ -840,7 +828,7 @@ def compare(options, runs, chosen):
             rows[-1] |= {metric: spread(value) for metric, value in values.items()}
             rows[-1] |= {f"{metric} of seeds, folds": value.tolist() for metric, value in values.items()}
             if "ensemble" not in model:
-                seconds = [np.mean([fold["seconds"][stage] for fold in folds]) for stage in STAGES]
+                seconds = [np.mean([fold["seconds"][stage] for fold in folds]) for stage in ("search", "train")]
                 seen = np.array([[fold["validation_ua"] for fold in of_seed] for of_seed in seeds])
                 rows[-1] |= {
                     "validation UA": spread(seen), "validation UA of seeds, folds": seen.tolist(),
@@ -889,11 +877,10 @@ def report(folds, options):
         rows = [[c, *row, percent(row[k] / max(1, row.sum()))] for k, (c, row) in enumerate(zip(classes, confusion))]
         text.append(markdown([name, *classes, "recall, %"], rows))
     if folds[0]["decision"]:
-        mean = {key: np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"]}
+        entropies, both, alone = (np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"])
         text += ["## Has the search decided?", f"Entropy of the alphas at the end (1: undecided, 0: decided): "
-                 f"{mean['entropy']:.4f}. Validation UA of the supernet's weights with all operations "
-                 f"{percent(mean['ua_all_operations'])}, with those of the genotype alone "
-                 f"{percent(mean['ua_of_genotype'])}. {agreement([fold['genotype'] for fold in folds], options)}"]
+                 f"{entropies:.4f}. Validation UA of the supernet's weights with all operations {percent(both)}, with "
+                 f"those of the genotype alone {percent(alone)}. {agreement([f['genotype'] for f in folds], options)}"]
     if folds[0]["genotype"]:  # none of a baseline
         text += ["## The genotypes", "An edge is labelled with its operation; inputs 0 and 1 are the outputs of the "
                  "two cells before. A search that collapses has `skip_connect` nearly everywhere."]
@@ -937,7 +924,7 @@ def curves(folds):
     """Each begins with the first epoch that has a value: in the warm-up the alphas have no loss."""
     columns = {"loss": "loss of the weights", "alpha_loss": "loss of the alphas", "val_ua": "validation UA",
                "entropy": "entropy of the alphas (1: undecided, 0: decided)"}
-    for stage, column in itertools.product(STAGES, columns):
+    for stage, column in itertools.product(("search", "train"), columns):
         logs = [[row for row in fold["log"] if row["stage"] == stage and column in row] for fold in folds]
         values = [np.mean([row[column] for row in epoch]) for epoch in zip(*logs)]
         if len(values) > 1:
@@ -1001,8 +988,8 @@ def dry_run(options, runs, listing, parts, device):
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
           f"{lengths.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s",
           *features.describe_folds(listing, parts), sep="\n")
-    whole = sum(math.ceil(windows[fold.train].sum() / options.batch) for fold in parts.values())
-    half = sum(math.ceil(windows[fold.train[::2]].sum() / options.batch) for fold in parts.values())
+    batches = [[math.ceil(windows[f.train[::n]].sum() / options.batch) for f in parts.values()] for n in (1, 2)]
+    whole, half = map(sum, batches)
     number = {"alpha step": half * (options.search_epochs - options.warm_up),
               "weight step": half * options.search_epochs, "training step": whole * options.epochs}
     total, peak = 0.0, 0.0

@@ -760,7 +760,8 @@ def made_by_others(folds):
 
 def metrics_of(runs, name):
     """Folds of each seed -> {metric: (seeds, folds)} on a set of test speakers."""
-    return {metric: np.array([[fold["tests"][name][metric] for fold in folds] for folds in runs]) for metric in METRICS}
+    confusions = [[np.array(fold["tests"][name]["confusion"]) for fold in folds] for folds in runs]
+    return {metric: np.array([[of(c) for c in seed] for seed in confusions]) for metric, of in METRICS.items()}
 
 
 def percent(value):
@@ -788,13 +789,14 @@ def markdown(head, rows):
 
 def table(folds, name, cell=str):
     """What a run ends with: a row for each fold; mean, standard deviation (ddof 1) and pooled value of the metrics."""
-    rows, confusion = [], np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
-    for fold in folds:
+    rows, values = [], metrics_of([folds], name)
+    confusion = np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
+    for n, fold in enumerate(folds):
         test, costs = fold["tests"][name], [f"{seconds:.0f} s" for seconds in fold["seconds"].values()]
         speakers = [cell(features.listed(names, 4)) for names in (test["speakers"], fold["validation"])]
-        rows.append([fold["fold"], *speakers, np.sum(test["confusion"]), *(percent(test[metric]) for metric in METRICS),
+        rows.append([fold["fold"], *speakers, np.sum(test["confusion"]), *(percent(v[0, n]) for v in values.values()),
                      f"{fold['parameters']:,}", *costs])
-    rows.append(["mean ± std", "", "", "", *map(spread, metrics_of([folds], name).values()), "", "", ""])
+    rows.append(["mean ± std", "", "", "", *map(spread, values.values()), "", "", ""])
     rows.append(["pooled", "", "", "", *(percent(metric(confusion)) for metric in METRICS.values()), "", "", ""])
     return markdown(["fold", name, "validation", "utterances", *METRICS, "parameters", "search", "training"], rows)
 
@@ -859,8 +861,7 @@ def ensemble(seeds):
                 rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))[1:]
                 logits += np.log(np.maximum(np.array([row[3:] for row in rows], dtype=float), 1e-300))
         data = Namespace(classes=fold["classes"], labels=np.array([fold["classes"].index(row[1]) for row in rows]))
-        confusion = confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))
-        tests[name] = {metric: function(confusion) for metric, function in METRICS.items()}
+        tests[name] = {"confusion": confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))}
     return seeds[0] | {"tests": tests}
 
 
@@ -957,7 +958,6 @@ def steps_of(options, classes, device):
     def weight(net, optimizer, constants=()):
         with held_fixed(constants):
             weight_step(F.cross_entropy(net(batch[0]), batch[1]), optimizer)
-
     genotype = given_genotype(options)
     if searches(options):
         net = on(device, network(options, classes))

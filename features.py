@@ -679,7 +679,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     paths = [u.path for u in listing.utterances]
     about = [path.stat() if os.access(path, os.R_OK) else None for path in paths]
     files = [(listing.name(u), a and (a.st_size, a.st_mtime_ns)) for u, a in zip(listing.utterances, about)]
-    key = json.dumps([4, torchaudio.__version__, asdict(settings), files])
+    key = json.dumps([4, torchaudio.__version__, asdict(settings), files, listing.prints])
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if not (folder / "index.json").exists():  # a store that is whole may lie where nothing can be written
         with lock(folder / "lock"):  # a second process with the same settings waits, and finds the features

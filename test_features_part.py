@@ -420,9 +420,9 @@ def test_features_are_computed_once_and_again_where_a_run_was_killed_or_the_stor
 
 
 def test_two_processes_share_the_work_and_locks_are_free_where_one_died_or_none_are(tmp_path, monkeypatch, capsys):
-    both = [python(features.__file__, cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert said[0] == said[1] and said[0].startswith("smoke, protocol standard: 168 utterances")
+    both = [python(features.__file__, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    (out, err), (other, more) = [process.communicate() for process in both]
+    assert out == other and out.startswith("smoke, protocol standard: 168 ") and (err + more).count("168/168") == 1
     assert len([*tmp_path.glob("cache/*/*")]) == 3 and sorted(os.listdir(tmp_path / "data/smoke")) == ["lock", "wav"]
     file = tmp_path / "a/lock"
     with lock(file) as mine, lock(file, wait=False) as other:

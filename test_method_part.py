@@ -523,20 +523,6 @@ def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn():
         Architect(net, F.cross_entropy, order=2)
 
 
-def test_every_operation_is_drawn_with_its_probability():
-    net, n = sampling(), 4000
-    with torch.no_grad():
-        net.alpha["seq"].mul_(1.5)[1] = net.alpha["seq"][0]
-        odds = torch.exp(net.alpha["seq"])
-    p = odds / odds.sum(dim=1, keepdim=True)
-    draws = torch.tensor([net.relaxed("seq")[1] for _ in range(n)])  # (n, edges)
-    for row in range(len(p)):
-        share = draws[:, row].bincount(minlength=p.shape[1]) / n
-        assert ((share - p[row]).abs() < 5 * (p[row] * (1 - p[row]) / n).sqrt()).all()
-    for a, b in ((draws[:, 0], draws[:, 1]), (draws[1:, 0], draws[:-1, 0])):  # two edges, and two steps, of the same p
-        assert abs((a == b).float().mean() - p[0].square().sum()) < 0.05  # draw independently
-
-
 def test_the_gradient_of_a_draw_is_the_straight_through_one():
     """With p = softmax(alpha + g), g Gumbel noise, d drawn: dL/dalpha_k = <dL/dy, o_d(x)> p_d (delta_dk - p_k). And d
     maximises alpha + g, which by the Gumbel-max theorem has it drawn with the probability softmax(alpha)_d."""
@@ -609,27 +595,22 @@ def test_first_order_is_the_plain_gradient_and_the_expected_size_may_be_added():
 
 
 @pytest.mark.parametrize("order, fails_at", [(1, None), (1, 1), (2, None), (2, 1), (2, 2), (2, 3), (2, 4)])
-@pytest.mark.parametrize("how", ["raises", "nan"])
-def test_an_alpha_step_leaves_weights_and_statistics_alone(order, fails_at, how):
+def test_an_alpha_step_leaves_weights_and_statistics_alone(order, fails_at):
     """Bit for bit; a step that fails in any of its passes leaves all: alphas, Adam's state, what is frozen."""
     net, passes = used(Network(**SMALL, seq_space="rnn"), batch(4)[0]).train(), []
-    architect = Architect(net, lambda *pair: loss(*pair), order=order)
-    x, target = batch(4)
 
     def loss(logits, target):
         passes.append(1)
-        if len(passes) == fails_at and how == "raises":
-            raise ZeroDivisionError
-        return F.cross_entropy(logits, target) * (math.nan if len(passes) == fails_at else 1.0)
+        return F.cross_entropy(logits, target if len(passes) != fails_at else None)
 
+    architect = Architect(net, loss, order=order)
     before = copy.deepcopy((net.state_dict(), architect.optimizer.state_dict()))
-    with pytest.raises((ZeroDivisionError, ValueError)) if fails_at else contextlib.nullcontext():
-        architect.step((x, target), batch(4), xi=0.1)
-    assert len(passes) == fails_at or not fails_at or how == "nan"
+    with pytest.raises(TypeError) if fails_at else contextlib.nullcontext():
+        architect.step(batch(4), batch(4), xi=0.1)
     for name, t in net.state_dict().items():
         assert torch.equal(t, before[0][name]) == (fails_at is not None or not name.startswith("alpha.")), name
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    assert fails_at is None or architect.optimizer.state_dict() == before[1]
+    assert fails_at is None or architect.optimizer.state_dict() == before[1] and len(passes) == fails_at
 
 
 @pytest.mark.parametrize("order", [1, 2])

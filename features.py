@@ -49,6 +49,7 @@ UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apa
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # as NFS and others answer
+WARNED = []  # the first file that could not be locked
 STORED = np.dtype("<f2")  # half the disk of float32; off by at most 1/2048 of a value
 
 
@@ -84,7 +85,10 @@ def lock(path, wait=True):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"warning: {path} cannot be locked ({error.strerror}); start no second process here", file=sys.stderr)
+            if not WARNED:  # once a process: a run locks each of its folds
+                print(f"warning: {path} cannot be locked ({error.strerror}); no other process is noticed; run one only",
+                      file=sys.stderr)
+                WARNED.append(path)
         yield mine
 
 
@@ -131,30 +135,40 @@ def once(paths):
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
     content = path.read_bytes()
-    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff") and "utf-16" or content[1:2] == b"\0" and "utf-16-le"
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if 0 in content[:2]:  # no mark, but the letter that a text begins with has a byte of zeros
+        encoding = "utf-16-be" if content[0] == 0 else "utf-16-le"
     try:
-        text = content.decode(wide or "utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
 
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, columns in lower case, all stripped, and `line`, where each ends; empty ones are passed
-    over. `columns` must be there. `form`: of csv.reader"""
-    reader, table = csv.DictReader(io.StringIO(text_of(path), newline=""), restkey="more", restval="", **form), []
+    """Rows of a table as dicts, columns in lower case, all stripped, and `line`, where each begins; empty ones, and
+    Excel's `sep=;`, are passed over. `columns` must be there, once. `form`: of csv.reader"""
+    reader, there, table, line = csv.reader(io.StringIO(text_of(path), newline=""), **form), [], [], 1
     try:
-        there = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        if not set(columns) <= set(there):
-            raise InputError(f"{path} has the columns {','.join(there)[:99] or '(none)'}; expected {','.join(columns)}")
         for row in reader:
-            if "".join(row.pop("more", [])).strip():
-                raise InputError(f"{path}, line {reader.line_num}: more fields than columns; put a text that holds a "
-                                 "separator into quotes")
-            if any(value.strip() for value in row.values()):
-                table.append({name: value.strip() for name, value in row.items()} | {"line": reader.line_num})
+            begun, line = line, reader.line_num + 1
+            row = [field.strip() for field in row]
+            if not any(row) or (not there and row[0].lower().startswith("sep=")):
+                continue
+            if there:
+                if any(row[len(there) :]):
+                    raise InputError(f"{path}, line {begun}: more fields than columns; put a text that holds a "
+                                     "separator into quotes")
+                table.append(dict(itertools.zip_longest(there, row[: len(there)], fillvalue="")) | {"line": begun})
+            else:
+                there = [name.lower() for name in row]
+                if any(there.count(column) != 1 for column in columns):
+                    break
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.reader.line_num}: not a row of a table ({error})") from None
+        raise InputError(f"{path}, line {line}: not a row of a table ({error}); is a quote in it that nothing "
+                         "closes?") from None
+    if any(there.count(column) != 1 for column in columns):
+        raise InputError(f"{path} has the columns {','.join(there)[:99] or '(none)'}; expected {','.join(columns)}")
     return table
 
 
@@ -244,7 +258,8 @@ def index_csv(file):
     """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
     if not file.is_file():
         raise InputError(f"no file {file}; --root FILE names one with the columns path,label,speaker and perhaps split")
-    separator = max(",;\t", key=text_of(file).partition("\n")[0].count)  # Excel's comma depends on the country
+    header = next((line for line in text_of(file).split("\n") if "speaker" in line.lower()), "")
+    separator = max(",;\t", key=header.count)  # Excel's comma depends on the country
     table, line_of, missing = rows(file, "path", "label", "speaker", delimiter=separator, strict=True), {}, []
     if not table:
         raise InputError(f"{file} has a header and no row; expected one for each recording")
@@ -252,17 +267,18 @@ def index_csv(file):
     for row in table:
         path, split = file.parent / row["path"], row["split"].lower() if official else None
         empty = [column for column in ("path", "label", "speaker") if not row[column]]
+        name = " ".join(row["path"].split())  # in a message, that is one line
         if empty:
-            raise InputError(f"{file}, line {row['line']}: {row['path'] or 'a file'} has no {empty[0]}; give it one")
+            raise InputError(f"{file}, line {row['line']}: {name or 'a file'} has no {empty[0]}; give it one")
         if official and split not in ("train", "validation", "test"):
-            raise InputError(f"{file}, line {row['line']}: unknown split {split!r} of {row['path']}; known: train, "
+            raise InputError(f"{file}, line {row['line']}: unknown split {split!r} of {name}; known: train, "
                              "validation, test")
         if not os.path.isfile(path):  # perhaps it was saved on Windows
             path = file.parent / row["path"].replace("\\", "/")
-        missing += [row["path"]] * (not os.path.isfile(path))
+        missing += [name] * (not os.path.isfile(path))
         line = line_of.setdefault(os.path.realpath(path), row["line"])
         if line != row["line"]:
-            raise InputError(f"{file}, lines {line} and {row['line']}: both are {row['path']}; keep one of them")
+            raise InputError(f"{file}, lines {line} and {row['line']}: both are {name}; keep one of them")
         yield Utterance(path, row["label"], row["speaker"], split=split)
     if missing:
         raise InputError(f"{file} names {len(missing)} files that are not in {file.parent}: {listed(missing)}")
@@ -368,10 +384,11 @@ class Listing:
 
 def fingerprint(path):
     """Size and check sum of 4 kB in the middle; (0, 0) of a file that cannot be read."""
-    with suppress(OSError), open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size // 2)
-        return size, zlib.crc32(file.read(4096))
+    if os.path.isfile(path):  # a pipe would be waited for
+        with suppress(OSError), open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size // 2)
+            return size, zlib.crc32(file.read(4096))
     return 0, 0
 
 
@@ -494,12 +511,13 @@ def folds(listing, without=(), chosen=None):
         check_apart(k, *((side, listing, members) for side, members in whole.sides()))
         train, valid, *rest = ([i for i in side if i not in without] for side in drawn)
         made.append(Fold(train, valid, dict(zip(tests, rest)), ", ".join(tests)))
-        lacks = [side for side, members in made[k].sides() if not members]
-        if chosen:  # to be trained on
-            lacks += sorted(set(listing.classes) - {listing.utterances[i].label for i in train})
+        lacks = [f"{side} utterance" for side, members in made[k].sides() if not members]
+        needed = listing.classes if chosen else {listing.utterances[i].label for i in whole.train}
+        lost = set(needed) - {listing.utterances[i].label for i in train}
+        lacks += [f"train utterance of class {label}" for label in sorted(lost)]
         if lacks and (chosen is None or k in chosen):
-            raise InputError(f"fold {k} has no {lacks[0]} utterance that can be used; every fold needs all of train, "
-                             "validation and test, and all classes in train; repair it, or run others with --folds")
+            raise InputError(f"fold {k} has no {lacks[0]} that can be used; every fold needs all of train, validation "
+                             "and test, and all classes in train; repair it, or run others with --folds")
     return made
 
 
@@ -559,39 +577,58 @@ class Settings:
         return self.coefficients, round(self.window / FRAME)  # (F, T) of a window
 
 
+def chunks(file, at, end):
+    """(name, where its content begins, size as it says) of each chunk of a wav file, from byte `at` on."""
+    while at + 8 <= end:
+        file.seek(at)
+        name, size = struct.unpack("<4sI", file.read(8))
+        yield name, at + 8, size
+        at += 8 + size
+        file.seek(at)
+        after = file.read(5)  # some leave the byte of padding out, to some it is not a zero
+        at += size % 2 and (after[:1] == b"\0" or after[1:] in (b"data", b"fmt "))
+
+
+def only_chunks(file, at, end):
+    """Whether what stands from byte `at` to the end are whole chunks, as far as their names and sizes tell."""
+    found = ((name.decode("latin-1"), begun + size) for name, begun, size in chunks(file, at, end))
+    return all(name.isascii() and name.isprintable() and after <= end for name, after in found)
+
+
 def open_wav(path):
     """-> content of a wav file's format chunk, samples/s, bytes of a frame, where the samples begin, how many bytes
     they have. The RIFF header's size is not believed, that of the samples only as far as it can be true."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
-        head, at, end, form = file.read(12), 12, os.path.getsize(path), b""
+        head, end, form, long = file.read(12), os.path.getsize(path), b"", 0
         if head.startswith(b"version http"):
             raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
         if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
             raise InputError(f"{path}: not a wav file; expected it to begin with RIFF and WAVE")
-        while at + 8 <= end:
-            file.seek(at)
-            name, size = struct.unpack("<4sI", file.read(8))
+        for name, at, size in chunks(file, 12, end):
             if name == b"data":
                 break
             if name == b"fmt ":
                 form = file.read(min(size, 64))
-            at += 8 + size
-            file.seek(at)
-            at += size % 2 and file.read(1) == b"\0"  # some leave the byte of padding out
+            if name == b"ds64":  # RF64: the size of the samples, where 32 bits cannot say it
+                long = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
         else:
             raise InputError(f"{path}: has no data chunk, and so no samples")
-        left = end - at - 8
-        if size >= 0x7FFF0000 or (size == 0 and not file.read(4).strip().isalnum()):  # no other chunk follows
+        left = end - at
+        if size == 0xFFFFFFFF and 0 < long < 2**62:
+            size = long
+        elif size >= 0x7FFF0000 or (size == 0 and not only_chunks(file, at, end)):
             size = left  # what wrote it could not go back, or broke off: to the end of the file
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
-    _, channels, rate, _, block, _ = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
-    if not channels or not block or not 1000 <= rate <= 1_000_000 or size < block:
-        raise InputError(f"{path}: has {channels} channels, {block} bytes a frame, {rate} Hz, {size} bytes of sound; "
-                         "expected some, at 1,000 to 1,000,000 Hz")
-    return form, rate, block, at + 8, size // block * block  # a frame that broke off is left out
+    _, channels, rate, _, block, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
+    if not form:
+        raise InputError(f"{path}: has no format chunk before its samples; copy it again from the corpus")
+    if not channels or channels * bits > 8 * block or not block or not 1000 <= rate <= 1_000_000 or size < block:
+        raise InputError(f"{path}: has {channels} channels of {bits} bits, {block} bytes a frame, {rate} Hz, {size} "
+                         "bytes of sound; expected some, at 1,000 to 1,000,000 Hz")
+    return form, rate, block, at, size // block * block  # a frame that broke off is left out
 
 
 def read_wav(path):

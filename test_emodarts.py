@@ -25,7 +25,7 @@ import time
 import tracemalloc
 import warnings
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import chdir, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -983,11 +983,15 @@ def test_csv_and_ctrl_c(tmp_path, monkeypatch, capsys):
     ("--dataset ravdess --protocol paper", "have: iemocap, msp-improv, msp-podcast"), ("", "has the columns .none"),
     ("path,label\na.wav,x\n", "has the columns path,label; expected path,label,speaker"),
     (HEAD + "\nx.wav,,1\n", "line 3: x.wav has no label"), (HEAD + "a.wav,x\n", "line 2: a.wav has no speaker"),
-    (HEAD + "x, y.wav,x,1\n", "line 2: more fields"), (HEAD + 'a.wav,x,1\n"b.wav,x,1\n', "line 3: not a row"),
+    (HEAD + "x, y.wav,x,1\n", "line 2: more fields"), (HEAD + 'a.wav,x,1\n"b.wav,x,1\nc.wav,x,1\n', "line 3: not"),
     (HEAD + "ax.wav,x,1\nay.wav,x,1\n./ax.wav,y,2\n", "lines 2 and 4: both are ./ax.wav"), (HEAD, "and no row"),
     (SPLIT + "d.wav,x,a,test\n", "r a is .*train.*test"), (SPLIT + "d.wav,x,c,Validation\n", "r c is .*vali.*test"),
     (SPLIT + "d.wav,x,d,dev\n", "line 8: unknown split 'dev' of d.wav; known"), (HEAD + "g,x,1\n", "names 1 file"),
     (SPLIT.replace(",a,", ",Unknown,").replace(",c,", ",Unknown,"), "speaker Unknown is in .*train and in .*test"),
+    (HEAD[:-1] + ",label\nax.wav,x,1,y\n", "has the columns path,label,speaker,label"),
+    (HEAD + '"new\nline.wav",,1\n', "line 2: new line.wav has no label"),
+    (HEAD + '"no\nfile.wav",x,1\n', "names 1 files .*: no file.wav"),
+    (HEAD + 'ax.wav,"x,1\nay.wav,"y",2\n', "line 2: not a row .*closes"),
     (SPLIT.replace("test", "train"), "found 2 part.s.: train, validation; a fold needs three"),
 ])
 def test_input_errors_are_one_line(tmp_path, capsys, given, error):
@@ -1005,6 +1009,12 @@ def test_a_csv_as_people_save_it_and_one_with_a_recording_twice(tmp_path):
         file.write_bytes(table.replace(";", separator).encode(encoding))
         found = [(u.path.relative_to(tmp_path).as_posix(), u.label, u.speaker) for u in features.index_csv(file)]
         assert found == list(zip(names, "xyxy", "1231"))
+    for before in ("sep=;\n", "\n", ";;\r\n \n", "SEP=;\r\n\r\n"):  # as Excel leaves them; such lines count
+        file.write_text(before + table.replace("c.wav;y", "c.wav;"))
+        with pytest.raises(InputError, match=f"line {8 + before.count(chr(10))}: sub.c.wav has no label"):
+            [*features.index_csv(file)]
+    file.write_bytes(table.encode("utf-16-be"))  # without a mark, and not ASCII
+    assert [*features.index_csv(file)][2].path.name == "\u0142.wav"
     file.write_bytes(f"{HEAD}a b.wav,w\xfctend,1\r\n".encode("latin-1"))
     assert [u.label for u in features.index_csv(file)] == ["w\xfctend"]
     # The same recording is on one side only; the digest changes with the content.
@@ -1015,6 +1025,16 @@ def test_a_csv_as_people_save_it_and_one_with_a_recording_twice(tmp_path):
     assert len(folds(listing)) == 3
     tree(tmp_path, {"ax.wav": riff(b"__" * 500)})  # other samples, as many
     assert read_corpus("csv", file).digest != listing.digest
+    shutil.copytree(tmp_path, tmp_path / "else/where")
+    os.mkfifo(tmp_path / "else/where/pipe")
+    with chdir(tmp_path / "else/where"):
+        moved = read_corpus("csv", "mine.csv")
+        assert moved.digest == read_corpus("csv", file).digest and features.fingerprint(Path("pipe")) == (0, 0)
+        told = {moved.digest}
+        for old, new in ((",x,a", ",y,a"), (",x,b", ",x,c"), (",x,", ",w,"), ("by.wav,y,b\n", "")):
+            Path("mine.csv").write_text((text + "copy.wav,x,b\n").replace(old, new))
+            told.add(read_corpus("csv", "mine.csv").digest)
+        assert len(told) == 5  # a label, a speaker, a class, a recording
     file.write_text(text + "copy.wav,x,c\n")
     with pytest.raises(InputError, match="one recording, (bx.wav and copy|copy.wav and bx).wav, is in "):
         folds(read_corpus("csv", file))
@@ -1049,14 +1069,27 @@ def test_every_wav_is_read_as_16_khz_mono_windows_lose_nothing_mutants_are_refus
     tracemalloc.stop()
 
 
+def rf64(size):
+    """800 samples and 12 bytes of another chunk after them; `size` stands where that of long ones does."""
+    sound = riff(PCM, size=2**32 - 1, after=b"LIST\4\0\0\0abcd")
+    return b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 0, size, 0, 0) + sound[12:]
+
+
 @pytest.mark.parametrize("content, samples", [
     *((riff(PCM, size=size), 800) for size in (0xFFFFFFFF, 0x7FFFF000, 0x80000000, 0, 1600)),
     (riff(PCM, size=1600, before=b"LIST\3\0\0\0abc"), 800), (riff(PCM, size=1600, before=b"LIST\3\0\0\0abc\0"), 800),
     (riff(PCM, size=1600, before=b"JUNK\x28\x23\0\0" + bytes(9000), after=b"LIST\2\0\0\0ab"), 800),
     (riff(PCM + b"\1", size=1601), 800), (riff(PCM, size=1602), "truncated, 1600 of 1602"), (riff(b""), "0 bytes"),
     (riff(b"", size=0, after=b"LIST\4\0\0\0abcd"), "0 bytes of sound"), (b"RIFF\0\0\0\0WAVE", "no data chunk"),
-    (b"RIFF\0\0\0\0WAVEdata\2\0\0\0ab", "0 channels"), (riff(b"ab", kind=7), "cannot be decoded"),
+    (b"RIFF\0\0\0\0WAVEdata\2\0\0\0ab", "no format chunk"), (riff(b"ab", kind=7), "cannot be decoded"),
     (riff(b"ab").replace(b"\2\0\x10\0data", b"\0\0\x10\0data"), "0 bytes a frame"),
+    (riff(PCM).replace(b"\2\0\x10\0data", b"\1\0\x10\0data"), "16 bits, 1 bytes a frame"),
+    (riff(PCM, channels=0), "0 channels"), (riff(PCM, rate=0), " 0 Hz"), (riff(PCM, rate=2**31 - 1), "2147483647 Hz"),
+    (riff(PCM, size=1600, before=b"LIST\3\0\0\0abc\xff"), 800),  # padded, but not with a zero
+    (riff(b"Abc1" + PCM, size=0), 802), (riff(b"Abc1\4\0\0\0" + PCM, size=0), 804),  # no name of a chunk, but samples
+    (riff(bytes(1600), size=0), 800),
+    (riff(b"", size=0, after=b"id3 \3\0\0\0abc\0LIST\2\0\0\0ab"), "0 bytes of sound"),
+    (rf64(1600), 800), (rf64(2000), "truncated, 1612 of 2000"), (rf64(0), 806), (rf64(2**64 - 1), 806),
 ])
 def test_what_writers_of_wavs_leave(tmp_path, content, samples):
     path = tree(tmp_path, {"a.wav": content}) / "a.wav"
@@ -1125,6 +1158,11 @@ def test_all_bad_files_are_named_at_once(tmp_path, capsys):
     speaker = {i for i, u in enumerate(listing.utterances) if u.speaker == "04"}
     with pytest.raises(InputError, match="fold 0 has no validation utterance that can be used"):
         folds(listing, speaker)
+    angry = {i for i, u in enumerate(listing.utterances) if u.label == "angry" and u.speaker in ("05", "07")}
+    for chosen in (None, [0], [0, 2]):  # fold 0 trains on those two speakers
+        with pytest.raises(InputError, match="fold 0 has no train utterance of class angry"):
+            folds(listing, angry, chosen)
+    assert len(folds(listing, angry, [1])) == 4
     parts = folds(listing, speaker, chosen=[2])  # numbers are the listing's
     assert [fold.name for fold in parts] == [fold.name for fold in made] and not parts[1].tests["04"]
 
@@ -1185,11 +1223,26 @@ def test_two_processes_share_the_work_and_locks_are_free_where_one_died_or_none_
         assert mine and file.exists()
     for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         monkeypatch.setattr(features.fcntl, "flock", Mock(side_effect=OSError(number, "none")))
-        with lock(file) as mine:
-            assert mine and re.fullmatch(f"warning: {file} cannot be locked .*\n", capsys.readouterr().err)
+        monkeypatch.setattr(features, "WARNED", [])
+        with lock(file) as mine, lock(file.with_name("other"), wait=False) as other:  # the line is said once
+            assert mine and other
+        assert re.fullmatch(f"warning: {file} cannot be locked .*; run one only\n", capsys.readouterr().err)
+    monkeypatch.setattr(features.fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), lock(file):
+        pass
     monkeypatch.setattr(features, "fcntl", None)
     with lock(file) as mine, lock(file, wait=False) as other:
         assert mine and other
+
+
+def test_an_output_that_is_closed_or_lacks_letters_is_no_obstacle(monkeypatch):
+    closed, ascii_ = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    closed.close()
+    for output in (None, closed, io.StringIO(), ascii_):
+        monkeypatch.setattr(sys, "stdout", output)
+        features.open_output()
+        print("\u0141ukasz")
+    assert ascii_.buffer.getvalue() == b"\\u0141ukasz\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1202,14 +1255,14 @@ TINY = ("--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --cha
 
 
 @contextlib.contextmanager
-def stopping(name, n, by=signal.SIGINT):
+def stopping(name, n, kill=False):
     """Inside, each step saves a checkpoint, and who calls train's function `name` for the n-th time is stopped."""
     owner, calls = os if name == "fsync" else train, itertools.count(1)
     real = getattr(owner, name)
 
     def deadly(*args, **more):
         if next(calls) == n:
-            os.kill(os.getpid(), by)
+            signal.raise_signal(signal.SIGKILL) if kill else signal.default_int_handler(signal.SIGINT, None)
         return real(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -1706,7 +1759,7 @@ def child(cwd, log, argv, environment, name="weight_step", n=0):
     os.environ |= environment
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    with stopping(name, n, by=signal.SIGKILL):
+    with stopping(name, n, kill=True):
         sys.exit(train.main([*TINY, *argv]))
 
 

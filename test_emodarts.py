@@ -20,12 +20,10 @@ import signal
 import struct
 import subprocess
 import sys
-import textwrap
 import time
 import tracemalloc
 import warnings
 from collections import Counter
-from contextlib import chdir, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -40,18 +38,17 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
+from torch.nn.utils import parameters_to_vector as flat
 
 import emodarts
 import features
 import train
 from emodarts import CNN_OPS, SEQ_OPS, SEQ_SPACES, Architect, Cell, Genotype, MixedOp, Network, decided, derive
-from emodarts import entropy, expected_parameters, held_fixed, random_genotype, without_statistics
+from emodarts import entropy, expected_parameters, random_genotype, without_statistics
 from features import CORPORA, InputError, Listing, Settings, Utterance, folds, load, lock, read_corpus
 
 HERE = Path(__file__).parent
 SMALL = dict(channels=4, bands=24, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
-KINDS = ("normal", "reduce", "seq")
-RECURRENT = [name for name in SEQ_OPS if name not in ("none", "skip_connect")]
 close = torch.testing.assert_close
 gpu = pytest.mark.skipif("not torch.cuda.is_available()", reason="no GPU")  # asked late: who has asked cannot fork
 
@@ -65,10 +62,6 @@ def batch(n, f=24, t=32, dtype=torch.float32):
     return torch.randn(n, 1, f, t, dtype=dtype), torch.arange(n) % 4
 
 
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
 def whole_cell(nodes, ops):
     """A cell in which no edge is missing; the operations come in the order of the edges, again and again."""
     ops = itertools.cycle(ops)
@@ -77,8 +70,7 @@ def whole_cell(nodes, ops):
 
 def some_genotype(nodes=2, **more):
     """Two edges a node, with operations other than `none`."""
-    net = Network(channels=1, cnn_cells=3, seq_cells=1, nodes=nodes)
-    return Genotype(**{**random_genotype(net).cells(), **more})
+    return Genotype(**{**random_genotype(Network(**dict(SMALL, nodes=nodes))).cells(), **more})
 
 
 def used(module, x):
@@ -100,51 +92,38 @@ def derived_from(supernet, genotype, **sizes):
 
 def smooth(net):
     """Without the kinks of ReLU and max pooling, where a finite difference says little."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.Softplus())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(3, child.stride, 1))
+    for parent, name, m in [(parent, *child) for parent in net.modules() for child in parent.named_children()]:
+        if isinstance(m, (nn.ReLU, nn.MaxPool2d)):
+            setattr(parent, name, nn.Softplus() if isinstance(m, nn.ReLU) else nn.AvgPool2d(3, m.stride, 1))
     return net
 
 
-def sampling(**more):
-    net = Network(**SMALL, relaxation="sample", dropout=0.0, **more).double()
-    with torch.no_grad():
-        for alpha in net.alphas():
-            alpha.normal_()
-    return net
-
-
-def test_the_loop_of_the_docstring_runs_as_it_stands():
+def test_what_is_to_be_copied_works_where_it_is_copied_to():
+    """The docstring's loop; MixedOp, Cell and drop_path, which silences edges but no skip, with a user's operations."""
     there = {}
-    exec(textwrap.dedent(re.search(r"\n\n(    import .*?)\n\n(?=\S)", emodarts.__doc__, re.DOTALL)[1]), there)
+    exec("if True:\n" + re.search(r"\n\n(    import .*?)\n\n(?=\S)", emodarts.__doc__, re.DOTALL)[1], there)
     assert not there["net"].alphas() and there["step"] == 2 and there["net"](there["x"]).shape == (32, 4)
-
-
-def test_mixed_operation_and_cell_work_where_they_are_copied_to():
-    """Their text, with drop_path's and nothing else of the file; in place of alphas and operations a user's own."""
     text = "".join(map(inspect.getsource, (MixedOp, Cell, emodarts.drop_path)))
     there = {"__name__": "elsewhere"}
     exec("import torch\nimport torch.nn.functional as F\nfrom torch import nn\n" + text, there)
     assert text.count("\n") < 80
     ops, x, weight = {name: SEQ_OPS[name](5, False) for name in SEQ_OPS}, torch.randn(2, 7, 5), torch.rand(14)
-    for mixed in (MixedOp(ops), there["MixedOp"](ops)):
-        close(mixed(x, weight), sum(w * op(x) for w, op in zip(weight, ops.values())))
-        close(mixed(x, weight, 3), weight[3] * ops["lstm_2"](x))
-    close(there["MixedOp"]({"lstm_2": ops["lstm_2"]})(x), ops["lstm_2"](x))
-    s0, s1, alpha = x[..., :4], x[..., 1:], torch.randn(5, 2)
-    make = {"a": lambda: nn.Linear(4, 4), "b": nn.Tanh}
-    for names, p in (("ab", alpha.softmax(-1)), ("a", torch.ones(5, 1))):
+    close(there["MixedOp"](ops)(x, weight), sum(w * op(x) for w, op in zip(weight, ops.values())))
+    s0, s1 = x[..., :4], x[..., 1:]
+    make = {"a": partial(nn.Linear, 4, 4), "b": nn.Tanh, "skip_connect": nn.Identity}
+    for names, weight in (("ab", torch.rand(5, 2)), ("a", None)):
         cell = there["Cell"]("own", [[(j, names) for j in range(i)] for i in (2, 3)], lambda name, j: make[name]())
-        e = [lambda s, edge=edge, w=w: sum(a * op(s) for a, op in zip(w, edge.ops.values()))
-             for edge, w in zip(cell.edges.values(), p, strict=True)]
-        s2 = e[0](s0) + e[1](s1)
-        theirs = torch.cat([s2, e[2](s0) + e[3](s1) + e[4](s2)], dim=1)
-        for weight in (p, list(p)) if names == "ab" else (None,):
-            close(cell(s0, s1, weight), theirs)
-    assert not cell(s0, s1, p_drop=1 - 1e-12).any() and cell.eval()(s0, s1, p_drop=1 - 1e-12).any()
+        mixed = [lambda s, w=w, ops=edge.ops.values(): sum(a * op(s) for a, op in zip(w, ops))
+                 for w, edge in zip([[1]] * 5 if weight is None else weight, cell.edges.values(), strict=True)]
+        s2 = mixed[0](s0) + mixed[1](s1)
+        close(cell(s0, s1, weight), torch.cat([s2, mixed[2](s0) + mixed[3](s1) + mixed[4](s2)], dim=1))
+    cell = there["Cell"]("own", [[(0, ["a"]), (1, ["skip_connect"])]], lambda name, j: make[name]())
+    assert torch.equal(cell(s0, s1, p_drop=1.0), s1) and (cell.eval()(s0, s1, p_drop=1.0) != s1).any()
+    x = there["drop_path"](torch.ones(20_000, 2, 3), 0.3)
+    assert ((x == 0) | (x == 1 / 0.7)).all() and (x == x[:, :1, :1]).all() and abs((x == 0).float().mean() - 0.3) < 0.02
+    net = Network(**SMALL, genotype=Genotype(*([[(op, 0)]] for op in ("sep_conv_3x3", "dil_conv_3x3", "lstm_1"))))
+    net.drop_path = 1.0
+    close(net(batch(4)[0]), net.head.bias.expand(4, 4))
 
 
 @pytest.mark.parametrize("space, count", [("lstm", 74_319_852), ("rnn", 18_839_532)])
@@ -153,10 +132,7 @@ def test_paper_scale_has_the_published_number_of_weights(space, count):
         net = Network(seq_space=space)
     assert sum(p.numel() for p in net.cnn.parameters()) == 345_312
     assert sum(p.numel() for p in net.weights()) == count
-    w, alphas = {id(p) for p in net.weights()}, {id(p) for p in net.alphas()}
-    assert len(alphas) == 3 and not w & alphas and w | alphas == {id(p) for p in net.parameters()}
-    sizes = {name: len(ops) for name, ops in SEQ_SPACES.items()}
-    assert len(CNN_OPS) == 8 and sizes == {"all": 14, "lstm": 6, "rnn": 6, "lstm_att": 4, "rnn_att": 4}
+    assert len(CNN_OPS) == 8 and list(map(len, SEQ_SPACES.values())) == [14, 6, 6, 4, 4]
 
 
 @pytest.mark.parametrize("name, relus, offsets, strided", [
@@ -166,48 +142,35 @@ def test_paper_scale_has_the_published_number_of_weights(space, count):
     ("dil_conv_3x3", 1, [-2, 0, 2], [-2, 0, 2]), ("dil_conv_5x5", 1, [-4, -2, 0, 2, 4], [-4, -2, 0, 2, 4]),
 ])
 def test_cnn_operations_agree_in_size_and_look_where_their_names_say(name, relus, offsets, strided):
+    """With stride 2 they are strided convolutions, though they look at a grid first."""
     assert sum(isinstance(m, nn.ReLU) for m in CNN_OPS[name](4, 1, False).modules()) == relus
     x = torch.rand(1, 4, 17, 17, requires_grad=True)
     for stride, expected in ((1, offsets), (2, strided)):
         op = smooth(CNN_OPS[name](4, stride, False)).eval()
         for size in ((7, 9), (8, 6), (1, 5), (1, 1)):
-            assert op(torch.randn(3, 4, *size)).shape == (3, 4, *(math.ceil(s / stride) for s in size))
+            z = torch.randn(3, 4, *size)
+            assert (y := op(z)).shape == (3, 4, *(math.ceil(s / stride) for s in size))
+            if stride == 2 and "dil" in name:
+                close(y, op[3:](F.conv2d(op[1](z), op[2].weight, None, 2, int(name[-1]) // 2 * 2, 2, 4)))
+            if stride == 2 and name == "skip_connect":
+                both = op[0](z), F.pad(op[0](z), (0, 1, 0, 1))[:, :, 1:, 1:]
+                parts = [F.conv2d(grid, w, stride=2) for grid, w in zip(both, op[2].weight.chunk(2), strict=True)]
+                close(y, op[3](torch.cat(parts, dim=1)))
+            if name == "avg_pool_3x3":
+                pooled, ones = (F.avg_pool2d(there, 3, stride, 1) for there in (z, torch.ones_like(z)))
+                close(y, op[1](pooled / ones))
         y = op(x)[0, :, 8 // stride, 8 // stride].sum() + 0 * x.sum()
         seen = (torch.autograd.grad(y, x)[0].abs().sum(dim=(0, 1)).nonzero() - 8).tolist()
         pairs = zip(expected, expected) if name == "skip_connect" else itertools.product(expected, expected)
         assert {tuple(place) for place in seen} == set(pairs)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", [name for name in SEQ_OPS if name not in ("none", "skip_connect")])
 def test_recurrent_operations_by_hand(name):
-    """From torch's layers and, for the attention, their final hidden states, frame by frame."""
-    op, x, attentive = SEQ_OPS[name](6, True).double(), torch.randn(3, 5, 6).double(), "_att_" in name
-    assert type(op.rnn) is (nn.LSTM if name.startswith("lstm") else nn.RNN)
-    assert op.rnn.num_layers == int(name[-1]) and op.rnn.bidirectional == attentive
-    with torch.no_grad():
-        op.norm.weight.normal_(), op.norm.bias.normal_()
-        h, last = op.rnn(x)
-        last = last[0] if isinstance(last, tuple) else last  # (2 * layers, N, D): layer by layer, forward, backward
-        for n, y in enumerate(op(x)):
-            out = list(h[n])
-            if attentive:
-                q, (dense, _, v) = torch.cat([last[-2, n], last[-1, n]]), op.score
-                e = [v(torch.tanh(dense(torch.cat([h_t, q])))).exp() for h_t in out]
-                context = sum(e_t / sum(e) * h_t for e_t, h_t in zip(e, out))
-                out = [op.project(torch.cat([h_t, context])) for h_t in out]
-            for ours, theirs in zip(y, out, strict=True):
-                theirs = (theirs - theirs.mean()) / (theirs.var(correction=0) + 1e-5).sqrt()
-                close(ours, theirs * op.norm.weight + op.norm.bias)
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_operations_begin_gate_by_gate_and_equally_loud(name):
-    """Deviation over time and utterances of what an operation makes of noise of deviation 1, within a factor 1.2 of
-    what a skip says; measured 0.88 (lstm_att_2) to 1.00. Torch's own initialisation without norm: 0.008 (lstm_4)."""
-    for _ in range(3):
-        op = SEQ_OPS[name](64, False)
-        with torch.no_grad():
-            assert 1 / 1.2 < op(torch.randn(256, 16, 64)).std(dim=(0, 1)).mean() < 1.2
+    """At first gate by gate and as loud as a skip (measured 0.88 to 1.00); then from torch's layers, frame by frame."""
+    op, x, lstm, attentive = SEQ_OPS[name](64, True), torch.randn(256, 16, 64), name.startswith("lstm"), "_att_" in name
+    assert type(op.rnn) is (nn.LSTM if lstm else nn.RNN) and op.rnn.bidirectional == attentive
+    assert op.rnn.num_layers == int(name[-1]) and 1 / 1.2 < op(x).std(dim=(0, 1)).mean() < 1.2
     for parameter, p in op.rnn.named_parameters():
         for k, gate in enumerate(p.detach().split(64)):  # LSTM: input, forget, cell, output (torch.nn.LSTM)
             if "weight_hh" in parameter:
@@ -215,7 +178,19 @@ def test_recurrent_operations_begin_gate_by_gate_and_equally_loud(name):
             elif "weight_ih" in parameter:
                 assert 0.95 < gate.abs().max() / math.sqrt(6 / sum(gate.shape)) <= 1
             else:
-                assert (gate == float(name.startswith("lstm") and "bias_ih" in parameter and k == 1)).all()
+                assert (gate == float(lstm and "bias_ih" in parameter and k == 1)).all()
+    op, x = op.double(), x[:3].double()
+    op.norm.weight.data.normal_(), op.norm.bias.data.normal_()
+    h, last = op.rnn(x)
+    last = last[0] if lstm else last  # (2 * layers, N, D): layer by layer, forward, backward
+    for n, y in enumerate(op(x)):
+        out = list(h[n])
+        if attentive:
+            q, (dense, _, v) = torch.cat([last[-2, n], last[-1, n]]), op.score
+            e = [v(torch.tanh(dense(torch.cat([h_t, q])))).exp() for h_t in out]
+            context = sum(e_t / sum(e) * h_t for e_t, h_t in zip(e, out))
+            out = [op.project(torch.cat([h_t, context])) for h_t in out]
+        close(y, F.layer_norm(torch.stack(out), (64,), op.norm.weight, op.norm.bias))
 
 
 @pytest.mark.parametrize("cnn_cells", [1, 2, 3, 4, 5, 7])
@@ -228,40 +203,22 @@ def test_free_sizes(cnn_cells, seq_cells, nodes, channels, f, t, width):
     logits = net(x)
     logits.sum().backward()
     assert logits.shape == (2, 7) and all(p.grad is not None for p in net.parameters())
-    reductions = {k for k, cell in enumerate(net.cnn) if cell.kind == "reduce"}
-    assert reductions == {cnn_cells // 3, 2 * cnn_cells // 3}
-    assert net.head.in_features == (width or nodes * channels * 2 ** len(reductions))
+    assert {k for k, cell in enumerate(net.cnn) if cell.kind == "reduce"} == {cnn_cells // 3, 2 * cnn_cells // 3}
     genotype = derive(net)
     assert (genotype.seq is None) == (seq_cells == 0) and (genotype.normal is None) == (cnn_cells < 3)
     assert Network(**sizes, genotype=genotype)(x).shape == (2, 7)
 
 
-def test_what_the_seqnn_reads_of_a_frame():
-    """The mean over F without weights; or a linear layer over C x F, LayerNorm, dropout. Time stays what it is."""
-    x, mean, frames = torch.randn(2, 3, 5, 7), emodarts.Frames(3, 5), emodarts.Frames(3, 5, 40).eval()
-    close(mean(x), torch.einsum("ncft->ntc", x) / 5)
-    assert not list(mean.parameters())
-    linear, norm, _ = frames.project
-    norm.weight.data.normal_(), norm.bias.data.normal_()
-    z = torch.einsum("ncft,dcf->ntd", x, linear.weight.unflatten(1, (3, 5))) + linear.bias
-    z = (z - z.mean(2, keepdim=True)) / (z.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
-    close(frames(x), z * norm.weight + norm.bias, rtol=1e-4, atol=1e-5)
-    rates = [m.p for m in Network(**SMALL, seq_width=8, dropout=0.1).modules() if isinstance(m, nn.Dropout)]
-    assert rates == [0.1, 0.3, 0.3]  # behind cells; in both of the outputs that the SeqNN reads
-
-
-@pytest.mark.parametrize("turn", [0, 4])
-def test_a_derived_network_exports_with_a_free_batch_size_and_without_a_warning(turn):
-    """With every operation; each CNN operation stands on an edge with stride 2 in one of the two networks."""
-    names = list(CNN_OPS)[turn:] + list(CNN_OPS)[:turn]
-    genotype = Genotype(whole_cell(3, CNN_OPS), whole_cell(3, names), whole_cell(4, SEQ_OPS))
-    net = Network(channels=2, bands=21, cnn_cells=3, seq_cells=1, seq_width=8 if turn else None, genotype=genotype)
+def test_a_derived_network_exports_with_a_free_batch_size_and_without_a_warning():
+    """With every operation, the CNN's also with stride 2."""
+    strided = [[(a, 0), (b, 1)] for a, b in zip([*CNN_OPS][::2], [*CNN_OPS][1::2])]
+    genotype = Genotype(whole_cell(3, CNN_OPS), strided, whole_cell(4, SEQ_OPS))
+    net = Network(channels=2, bands=21, cnn_cells=3, seq_cells=1, seq_width=8, genotype=genotype)
     used(net, batch(3, 21, 19)[0]).drop_path = 0.5  # in training only
     with warnings.catch_warnings(action="error"):
         free = {0: torch.export.Dim("n")}
         exported = torch.export.export(net, (batch(3, 21, 19)[0],), dynamic_shapes=(free,), strict=True).module()
-    for n in (1, 2, 7):
-        x, _ = batch(n, 21, 19)
+    for x in (batch(n, 21, 19)[0] for n in (1, 2, 7)):
         close(exported(x), net(x))
 
 
@@ -276,13 +233,20 @@ def test_utterances_do_not_mix(shape, make):
     f, order = used(make(), x), torch.randperm(len(x))
     with torch.no_grad():
         alone = torch.cat([f(x[k : k + 1]) for k in range(len(x))])
-        for n in (2, 16, 17):
-            close(f(x[:n]), alone[:n], rtol=0, atol=1e-5)
-        close(f(x[order]), alone[order], rtol=0, atol=1e-5)
+        for some in (order[:2], order[:16], order):
+            close(f(x[some]), alone[some], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in SEQ_OPS if name != "none"])
-def test_order_of_frames_counts_exactly_when_an_operation_is_recurrent(name):
+def test_frames_and_their_order_which_counts_exactly_when_an_operation_is_recurrent(name):
+    """A frame: the mean over F without weights; or a linear layer over C x F, LayerNorm, dropout."""
+    x, mean, frames = torch.randn(2, 3, 5, 7), emodarts.Frames(3, 5), emodarts.Frames(3, 5, 40).eval()
+    close(mean(x), torch.einsum("ncft->ntc", x) / 5)
+    linear, _, _ = frames.project
+    z = torch.einsum("ncft,dcf->ntd", x, linear.weight.unflatten(1, (3, 5))) + linear.bias
+    close(frames(x), F.layer_norm(z, (40,)))
+    rates = [m.p for m in Network(**SMALL, seq_width=8, dropout=0.1).modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.1, 0.3, 0.3] and not list(mean.parameters())  # behind cells; in both outputs that are read
     seq = [[(name, 0), ("skip_connect", 1)], [("skip_connect", 0), ("skip_connect", 2)]]
     net, (x, _) = Network(**SMALL, genotype=some_genotype(seq=seq)).double().eval(), batch(3, 24, 256, torch.float64)
     s0, s1 = net.frames(x)
@@ -295,95 +259,50 @@ def test_order_of_frames_counts_exactly_when_an_operation_is_recurrent(name):
         assert differs[-1] and not differs[:8].any()
 
 
-class Residual(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-class Scaled(nn.Module):
-    """Two of these have the same text, and do not compute the same."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("by", torch.randn(()))
-
-    def forward(self, x):
-        return self.by * x
-
-
-OWN = {"residual": lambda: Residual(nn.Tanh(), nn.Tanh()), "scaled": lambda: nn.Sequential(Scaled(), nn.Tanh()),
-       "noisy": lambda: nn.Sequential(nn.Dropout(0.5), nn.Tanh())}
-
-
 @pytest.fixture
 def own(monkeypatch):
-    """A user's operations stand beside the others."""
-    for name, make in OWN.items():
-        monkeypatch.setitem(CNN_OPS, name, lambda c, s, affine, m=make: nn.Sequential(nn.AvgPool2d(1, s), m()))
-        monkeypatch.setitem(SEQ_OPS, name, lambda width, affine, m=make: m())
+    """A user's operations: no plain sequences, with dropout, and a buffer that two of the same text do not share."""
+    class Own(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Dropout(0.5), nn.Tanh())
+            self.register_buffer("by", torch.randn(()))
+
+        def forward(self, x):
+            return self.by * (x + super().forward(x))
+
+    for name in ("own", "twin"):
+        monkeypatch.setitem(CNN_OPS, name, lambda c, stride, affine: nn.Sequential(nn.AvgPool2d(1, stride), Own()))
+        monkeypatch.setitem(SEQ_OPS, name, lambda width, affine: Own())
     monkeypatch.setitem(SEQ_SPACES, "all", tuple(SEQ_OPS))
 
 
-def plain(op, x):
-    """What an operation is by definition: strides in the convolutions, and no grid before them."""
-    grid, modules = None, list(op) if type(op) is nn.Sequential else [op]
-    while modules:
-        m = modules.pop(0)
-        if type(m) is nn.Sequential:
-            modules = [*m, *modules]
-        elif isinstance(m, emodarts.BothGrids) or isinstance(m, nn.AvgPool2d) and m.kernel_size == 1:
-            grid = m
-        elif isinstance(grid, emodarts.BothGrids):  # two 1x1 convolutions with stride 2, the second moved by one
-            even, odd = m.weight.chunk(2)
-            moved, grid = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:], None
-            x = torch.cat([F.conv2d(x, even, stride=2), F.conv2d(moved, odd, stride=2)], dim=1)
-        elif grid and isinstance(m, nn.Conv2d):  # a dilated convolution with stride 2
-            x = F.conv2d(x, m.weight, stride=2, padding=m.kernel_size[0] // 2 * 2, dilation=2, groups=m.groups)
-            grid = None
-        elif grid and not isinstance(m, nn.ReLU):
-            x, grid = m(x[:, :, :: grid.stride, :: grid.stride]), None
-        elif isinstance(m, nn.AvgPool2d):
-            x = F.avg_pool2d(x, 3, m.stride, 1) / F.avg_pool2d(torch.ones_like(x), 3, m.stride, 1)
-        else:
-            x = x + x.tanh().tanh() if isinstance(m, Residual) else m(x)
-    return x
-
-
-@pytest.mark.parametrize("kind, size, older", [
-    ("normal", (12, 9), (12, 9)), ("normal", (6, 5), (11, 10)), ("reduce", (12, 9), (12, 9)),
-    ("reduce", (7, 8), (13, 16)), ("seq", 7, 7),
+@pytest.mark.parametrize("kind, older, size", [
+    ("normal", (6, 12, 9), (6, 12, 9)), ("normal", (6, 11, 10), (6, 6, 5)), ("reduce", (6, 12, 9), (6, 12, 9)),
+    ("reduce", (6, 13, 16), (6, 7, 8)), ("seq", (7, 6), (7, 6)),
 ])
-def test_a_cell_is_its_plain_definition(kind, size, older, own):
-    """Node i is the sum over j < i of the weighted operations on state j, each edge by itself: outputs, gradients. An
-    operation of a user's own computes what it computes alone."""
-    names = SEQ_OPS if kind == "seq" else CNN_OPS
-    wiring = [[(j, tuple(names)) for j in range(i)] for i in (2, 3, 4)]
-    if kind == "seq":
-        cell, inputs = emodarts.SeqCell(wiring, 6, False), [torch.randn(3, 7, 6), torch.randn(3, 7, 6)]
-    else:
-        cell = emodarts.CNNCell(kind, wiring, 6, 6, 4, size != older, False)
-        inputs = [torch.randn(3, 6, *older), torch.randn(3, 6, *size)]
-        assert all(type(before[0]) is nn.ReLU for before in cell.before)
-    for m in cell.modules():
+def test_a_cell_is_its_plain_definition(kind, older, size, own):
+    """Node i is the sum over j < i of the weighted operations on state j, each edge by itself: outputs, gradients."""
+    seq, names = kind == "seq", tuple(SEQ_OPS if kind == "seq" else CNN_OPS)
+    wiring = [[(j, names) for j in range(i)] for i in (2, 3, 4)]
+    cell = emodarts.SeqCell(wiring, 6, False) if seq else emodarts.CNNCell(kind, wiring, 6, 6, 4, size != older, False)
+    inputs = [torch.randn(3, *shape).double().requires_grad_() for shape in (older, size)]
+    assert seq or all(type(before[0]) is nn.ReLU for before in cell.before)
+    for m in cell.double().modules():
         m.train(not isinstance(m, nn.Dropout))
-    cell, inputs = cell.double(), [s.double().requires_grad_() for s in inputs]
     weight = torch.randn(9, len(names)).double().softmax(1).requires_grad_()
-    states, rows = [plain(before, s) for before, s in zip(cell.before, inputs)], iter(weight)
+    states, rows = [before(s) for before, s in zip(cell.before, inputs)], iter(weight)
     for i in (2, 3, 4):
         edges = [(states[j], next(rows), cell.edges[f"{j}_{i}"].ops.values()) for j in range(i)]
-        states.append(sum(w * plain(op, x) for x, row, ops in edges for w, op in zip(row, ops)))
-    theirs = torch.cat(states[2:], dim=1)
-    if kind == "seq":  # 3 * D features -> D: means of neighbours
-        theirs = torch.cat(states[2:], dim=2).unflatten(2, (6, 3)).mean(3)
+        states.append(sum(w * op(x) for x, row, ops in edges for w, op in zip(row, ops, strict=True)))
+    theirs = torch.cat(states[2:], dim=2 if seq else 1)
+    theirs = theirs.unflatten(2, (6, 3)).mean(3) if seq else theirs  # 3 * D features -> D: means of neighbours
     ours, leaves = cell(*inputs, weight), [*inputs, weight, *cell.parameters()]
-    close(ours, theirs, rtol=1e-9, atol=1e-9)
     direction = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad(y, leaves, direction) for y in (ours, theirs))):
-        close(a, b, rtol=1e-9, atol=1e-9)
+    ours, theirs = ([y, *torch.autograd.grad(y, leaves, direction)] for y in (ours, theirs))
+    close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("training, whole", list(itertools.product([False, True], repeat=2)))
 def test_supernet_with_one_hot_alphas_is_the_derived_network(training, whole, own):
     """Also `decided`, with the masks of dropout; it restores the network whatever happens inside."""
     sizes = dict(SMALL, cnn_cells=4, seq_cells=2, nodes=4, seq_width=None if training else 8, dropout=0.0)
@@ -404,39 +323,36 @@ def test_supernet_with_one_hot_alphas_is_the_derived_network(training, whole, ow
         supernet.alpha[kind].data = F.one_hot(torch.tensor(chosen), len(names)).double().log()
     close(supernet(x), derived.eval()(x), rtol=1e-9, atol=1e-9)
     assert (whole or derive(supernet) == genotype) and entropy(supernet) == 0 and (mixed != supernet(x)).any()
-    supernet.candidates["seq"] = SEQ_SPACES["rnn"]
-    for cell in (whole_cell(3, ["rnn_1"]), None, whole_cell(5, ["none"]), whole_cell(4, ["noisy"])):
-        with pytest.raises(ValueError, match="seq cell: expected 4 nodes of none, .*rnn_4, the genotype has"):
-            decided(supernet, some_genotype(4, seq=cell)).__enter__()
 
 
-def test_derivation_ranks_edges_by_softmax_weight():
-    net = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="lstm_att")
-    with torch.no_grad():
-        net.alpha["seq"].copy_(torch.tensor([  # none, skip, lstm_att_1, lstm_att_2
-            [0.0, 1.0, 0.0, 0.0],  # 0 -> 2: skip
-            [0.0, 0.0, 0.0, 2.0],  # 1 -> 2: lstm_att_2
-            [5.0, 6.0, 5.9, 5.8],  # 0 -> 3: the largest raw alpha, and the smallest share: 0.33
-            [9.0, 2.0, 0.0, 0.0],  # 1 -> 3: `none` takes nearly all, does not count; skip has 0.0009
-            [0.0, 0.0, 1.5, 0.0],  # 2 -> 3: 0.60
-        ]))
-        assert derive(net).seq == ((("skip_connect", 0), ("lstm_att_2", 1)), (("skip_connect", 0), ("lstm_att_1", 2)))
-        net.alpha["seq"][3] = torch.tensor([0.0, 3.0, 0.0, 0.0])  # raw 3.0 < 6.0, share 0.87 > 0.33
+def test_derivation_ranks_edges_by_softmax_weight_and_entropy_by_hand():
+    net = Network(**SMALL, seq_space="lstm_att")
+    net.alpha["seq"].data = torch.tensor([  # none, skip, lstm_att_1, lstm_att_2
+        [0.0, 1.0, 0.0, 0.0],  # 0 -> 2: skip
+        [0.0, 0.0, 0.0, 2.0],  # 1 -> 2: lstm_att_2
+        [5.0, 6.0, 5.9, 5.8],  # 0 -> 3: the largest raw alpha, and the smallest share: 0.33
+        [9.0, 2.0, 0.0, 0.0],  # 1 -> 3: `none` takes nearly all, does not count; skip has 0.0009
+        [0.0, 0.0, 1.5, 0.0],  # 2 -> 3: 0.60
+    ])
+    assert derive(net).seq == ((("skip_connect", 0), ("lstm_att_2", 1)), (("skip_connect", 0), ("lstm_att_1", 2)))
+    net.alpha["seq"].data[3] = torch.tensor([0.0, 3.0, 0.0, 0.0])  # raw 3.0 < 6.0, share 0.87 > 0.33
     assert derive(net).seq[1] == (("skip_connect", 1), ("lstm_att_1", 2))  # by raw alpha it would be 0 and 1
+    for rest, expected in ((0.0, 1), (-1e4, (1 / 3 + 1 / 3 + 1 / 2) / 3)):  # log 2 / log 8, log 2 / log 4
+        for alpha in net.alphas():  # -1e4: a weight that underflows adds nothing
+            alpha.data = torch.tensor([[0.0, 0.0] + [rest] * (alpha.shape[1] - 2)] * 5)
+        assert entropy(net) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("given, says", [
-    ("__import__('os')", "expected a JSON object with the cells normal, reduce, seq"),
-    ("[" * 100_000, "expected a JSON object"),
+    ("__import__('os')", "JSON object with the cells normal, reduce, seq"), ("[" * 100_000, "expected a JSON object"),
     ('{"nromal": [[["skip_connect", 0]]]}', "cells normal, reduce, seq .*nromal"),
     *(('{"seq": %s}' % cell, r"seq cell: expected a list of nodes, each a list of edges \[operation, predecessor\]")
       for cell in ("3", "[]", "[[]]", '[["lstm_1", 0]]', '[[["lstm_1", 0, 1]]]')),
     ('{"seq": [[["lstm_9", 0]]]}', "seq cell, node 2: unknown operation 'lstm_9'; known: none, skip_connect, lstm_1"),
     ('{"normal": [[["lstm_1", 0]]]}', "normal cell, node 2: unknown operation 'lstm_1'; known: none, max_pool_3x3"),
-    ('{"normal": [[[["x"], 0]]]}', "unknown operation"),
-    ('{"reduce": [[["none", 0]], [["none", 3]]]}', "reduce cell, node 3: no predecessor 3; known: 0, 1, 2"),
-    *(('{"reduce": [[["none", %s]]]}' % j, "no predecessor") for j in ("-1", "true", "null", "0.0", "2")),
-    ('{"reduce": [[["none", 0], ["max_pool_3x3", 0]]]}', "same predecessor"),
+    ('{"seq": [[[["x"], 0]]]}', "unknown operation"), ('{"seq": [[["none", 0], ["lstm_1", 0]]]}', "same predecessor"),
+    *(('{"reduce": [[["none", 1]], [["none", %s]]]}' % j, f"reduce cell, node 3: no predecessor {says}; known: 0, 1, 2")
+      for j, says in (("3", 3), ("-1", -1), ("true", True), ("null", None), ("0.0", 0.0))),
     *(({name: 0}, f"{name} is 0") for name in ("classes", "bands", "channels", "cnn_cells", "nodes", "stem_stride")),
     *(({name: -1}, f"{name} is -1") for name in ("seq_cells", "seq_width")),
     ({"seq_space": "gru"}, "'gru'; known: all, lstm, rnn, lstm_att, rnn_att"),
@@ -448,6 +364,29 @@ def test_genotypes_and_sizes_that_cannot_be_are_refused(given, says):
         Genotype.from_json(given) if isinstance(given, str) else Network(**given)
 
 
+def test_misuse_is_told():
+    net, pair, s, ones = Network(**SMALL, seq_space="rnn"), batch(4), torch.randn(2, 6, 8), torch.ones(3, 2)
+    make = {"a": nn.Identity, "b": nn.Tanh, "c": partial(nn.MaxPool1d, 2)}
+    cell = Cell("own", [[(0, ("a", "b")), (1, ("b", "a"))]], lambda name, j: make["c" if j else name]())
+    a, ab, ac = (MixedOp({name: make[name]() for name in names}) for names in ("a", "ab", "ac"))
+    unclear = copy.deepcopy(net)
+    unclear.alpha["reduce"].data[3, 1] = math.nan
+    for says, call, *args in (
+        *(("needs `train`", Architect(net, None, order=2).step, pair, *more) for more in ([], [pair], [None, 0.1])),
+        ("no alphas", Architect, Network(**SMALL, genotype=some_genotype()), None),
+        ("alphas of the reduce cell are not", derive, unclear), ("order is 3", partial(Architect, order=3), net, 0),
+        ("order 2 .* softmax", partial(Architect, order=2), Network(**SMALL, relaxation="sample"), None),
+        ("each of a, b,", ab, s, ones[:, 0]), ("each of a, b,", ab, s), ("each of a,", a, s, ones[0]),
+        (r"a \[2, 6, 8\], c \[2, 6, 4\]", ac, s, ones[0]), ("cell: 3 rows of weights for 2 edges", cell, s, s, ones),
+        (r"node 2: .*'a', 'b'.* \[2, 6, 8\], .*'b', 'a'.* \[2, 6, 4\]", cell, s, s, ones[:2]),
+        (r"node 2: .* a \[2, 6, 8\], b \[2, 6, 4\]", cell, s, s, ones[:2], [0, 0]),
+        *(("seq cell: expected 2 nodes of none, .*rnn_4, the genotype", decided(net, some_genotype(seq=seq)).__enter__)
+          for seq in (None, whole_cell(1, ["none"]), whole_cell(2, ["lstm_1"]), whole_cell(3, ["none"]))),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call(*args)
+
+
 def test_random_genotypes_are_uniform_and_survive_json():
     net, counts = Network(channels=2, cnn_cells=1, seq_cells=1, nodes=2, seq_space="rnn_att"), Counter()
     for _ in range(600):
@@ -455,133 +394,73 @@ def test_random_genotypes_are_uniform_and_survive_json():
         assert Genotype.from_json(genotype.to_json()) == genotype and list(genotype.cells()) == ["reduce", "seq"]
         counts.update(op for node in genotype.seq for op, _ in node)
         counts.update([tuple(j for _, j in genotype.seq[1])])
-    assert set(counts) == {"skip_connect", "rnn_att_1", "rnn_att_2", (0, 1), (0, 2), (1, 2)}
-    for name, n in counts.items():  # 2,400 edges over 3 operations, 600 nodes over 3 pairs; 5 standard deviations
-        expected = 200 if isinstance(name, tuple) else 800
-        assert abs(n - expected) < 5 * math.sqrt(expected * 2 / 3)
+    pairs = {(0, 1): 200, (0, 2): 200, (1, 2): 200}  # of 600 genotypes with 4 edges, within 15 %
+    assert counts == pytest.approx({"skip_connect": 800, "rnn_att_1": 800, "rnn_att_2": 800, **pairs}, rel=0.15)
 
 
 @pytest.mark.parametrize("searched", [("normal", "reduce"), ("seq",)])
 def test_an_ablation_searches_the_other_cells_only(searched):
     chain = [[("skip_connect", 1)], [("skip_connect", 2)]]  # nothing looks at state 0, whose weights then do nothing
-    given = Genotype(**{kind: chain for kind in KINDS if kind not in searched})
+    given = Genotype(**{kind: chain for kind in ("normal", "reduce", "seq") if kind not in searched})
     net = Network(**SMALL, seq_space="rnn", fixed=given)
-    assert tuple(net.alpha) == searched
     for genotype in (derive(net), random_genotype(net)):
-        assert all((getattr(genotype, kind) == getattr(given, kind)) == (kind not in searched) for kind in KINDS)
+        assert given.cells().items() <= genotype.cells().items()
     _, gradient = Architect(net, F.cross_entropy, order=2).second_order(batch(4), batch(4), xi=0.1)
-    assert all(g.norm() > 0 and g.isfinite().all() for g in gradient)
+    assert tuple(net.alpha) == searched and all(g.norm() > 0 and g.isfinite().all() for g in gradient)
 
 
-def test_drop_path_silences_edges_but_no_skip():
-    x = emodarts.drop_path(torch.ones(20_000, 2, 3), 0.3)
-    assert ((x == 0) | (x == 1 / 0.7)).all() and (x == x[:, :1, :1]).all() and abs((x == 0).float().mean() - 0.3) < 0.02
-    genotype = Genotype(*([[("skip_connect", 0), (op, 1)]] * 2 for op in ("sep_conv_3x3", "dil_conv_3x3", "lstm_1")))
-    silent = Genotype(*([[("skip_connect", 0), ("none", 1)]] * 2 for _ in KINDS))
-    net, without = (Network(**SMALL, dropout=0.0, genotype=g).double() for g in (genotype, silent))
-    without.load_state_dict(net.state_dict(), strict=False)
-    net.drop_path, (x, _) = 1 - 1e-12, batch(4, dtype=torch.float64)
-    close(net(x), without(x), rtol=0, atol=1e-9)
-
-
-def test_entropy_and_alphas_that_are_no_numbers():
-    """The entropy is 1, 0 and between; a weight that underflows adds nothing. What is not a number decides nothing."""
-    net = Network(**SMALL, seq_space="rnn_att")
-    with torch.no_grad():
-        for alpha in net.alphas():
-            alpha.zero_()
-        assert entropy(net) == pytest.approx(1)
-        for alpha in net.alphas():
-            alpha.copy_(torch.tensor([0.0, 0.0] + [-1e4] * (alpha.shape[1] - 2)))
-        assert entropy(net) == pytest.approx((5 * 1 / 3 + 5 * 1 / 3 + 5 * 1 / 2) / 15)  # log 2 / log 8, log 2 / log 4
-        for value in (math.nan, math.inf):
-            net.alpha["reduce"][3, 1] = value
-            with pytest.raises(ValueError, match="alphas of the reduce cell are not finite"):
-                derive(net)
-
-
-@pytest.mark.parametrize("relaxation", ["softmax", "sample"])
-def test_a_space_without_none(relaxation, monkeypatch):
-    for name, ops in (("CNN_OPS", CNN_OPS), ("SEQ_OPS", SEQ_OPS)):
-        monkeypatch.setattr(emodarts, name, {op: make for op, make in ops.items() if op != "none"})
-    monkeypatch.setitem(SEQ_SPACES, "all", tuple(emodarts.SEQ_OPS))
-    sizes, (x, target) = dict(SMALL, nodes=3, dropout=0.0), batch(4, dtype=torch.float64)
-    net = Network(**sizes, relaxation=relaxation).double()
-    Architect(net, F.cross_entropy).step((x, target))
-    for genotype in (derive(net), random_genotype(net)):
-        derived = derived_from(net, genotype, **sizes)
-        assert [len(node) for cell in genotype.cells().values() for node in cell] == [2] * 9
-        with decided(net, genotype):
-            close(net(x), derived(x), rtol=1e-9, atol=1e-9)
-    with torch.no_grad():
-        net.alpha["seq"][:, 0] = 9.0
-    assert {op for node in derive(net).seq for op, _ in node} == {"skip_connect"}
-
-
-def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn():
+@pytest.mark.parametrize("without_none", [False, True])
+def test_a_sampled_pass_is_the_derived_network_of_what_was_drawn(without_none, monkeypatch):
     """In logits and gradients of the weights; what was not drawn is not touched. In evaluation nothing is drawn."""
-    net, drawn, (x, target) = sampling(), {}, batch(4, dtype=torch.float64)
-    softmax, relaxed = Network(**SMALL).double().eval(), net.relaxed
-    softmax.load_state_dict(net.state_dict())
-    close(copy.deepcopy(net).eval()(x), softmax(x))
-
-    def recorded(kind):  # all cells of a kind draw the same: the last draw is the only one
-        drawn[kind] = relaxed(kind)
-        return drawn[kind]
-
-    net.relaxed = recorded
+    for name in ("CNN_OPS", "SEQ_OPS") if without_none else ():
+        monkeypatch.setattr(emodarts, name, {op: new for op, new in getattr(emodarts, name).items() if op != "none"})
+    monkeypatch.setitem(SEQ_SPACES, "all", tuple(emodarts.SEQ_OPS))
+    sizes, (x, target) = dict(SMALL, dropout=0.0, nodes=3), batch(4, dtype=torch.float64)
+    net, drawn = Network(**sizes, relaxation="sample").double(), {}
+    names, relaxed = dict(net.named_parameters()), net.relaxed
+    net.relaxed = lambda kind: drawn.update({kind: relaxed(kind)}) or drawn[kind]  # all cells of a kind draw the same
     for _ in range(5):
         net.zero_grad()
         logits = net(x)
-        ops = {kind: [net.candidates[kind][k] for k in numbers] for kind, (_, numbers) in drawn.items()}
-        genotype = Genotype(**{kind: whole_cell(2, names) for kind, names in ops.items()})
-        derived = derived_from(net, genotype, **SMALL, dropout=0.0)
-        close(logits, derived(x))
-        logits.square().sum().backward()
-        derived(x).square().sum().backward()
-        gradients = {name: p.grad for name, p in derived.named_parameters()}
-        for name, p in net.named_parameters():
-            assert (p.grad is None) == (gradients.get(name) is None) or name.startswith("alpha."), name
-            if gradients.get(name) is not None:
-                close(p.grad, gradients[name])
-    with torch.no_grad():  # all edges draw `none`: the CNN does nothing for the loss, and that is no error
-        net.alpha["seq"].fill_(-1000.0)[:, 0] = 0.0
-    assert [g.norm() for g in Architect(net, F.cross_entropy).first_order((x, target))[1]] == [0, 0, 0]
-    with pytest.raises(ValueError, match="order 2 .* softmax"):
-        Architect(net, F.cross_entropy, order=2)
+        cells = {kind: [net.candidates[kind][k] for k in numbers] for kind, (_, numbers) in drawn.items()}
+        derived = derived_from(net, Genotype(**{kind: whole_cell(3, ops) for kind, ops in cells.items()}), **sizes)
+        theirs = derived(x)
+        close(logits, theirs)
+        (logits.square().sum() + theirs.square().sum()).backward()
+        ours = {name: p.grad for name, p in names.items() if p.grad is not None and not name.startswith("alpha.")}
+        close(ours, {name: p.grad for name, p in derived.named_parameters() if p.grad is not None and name in names})
+    for genotype in (derive(net), random_genotype(net)):
+        with decided(net, genotype):
+            close(net(x), derived_from(net, genotype, **sizes)(x))
+    net.alpha["seq"].data.fill_(-1000.0)[:, 0] = 0.0  # every edge draws `none`, or in a space without it the skip
+    gradients = Architect(net, F.cross_entropy).first_order((x, target))[1]
+    assert all(g.any() == (without_none and kind != "seq") for g, kind in zip(gradients, net.alpha, strict=True))
+    assert not without_none or {op for node in derive(net).seq for op, _ in node} == {"skip_connect"}
+    logits, net.relaxation = net.eval()(x), "softmax"
+    close(logits, net(x))
 
 
 def test_the_gradient_of_a_draw_is_the_straight_through_one():
     """With p = softmax(alpha + g), g Gumbel noise, d drawn: dL/dalpha_k = <dL/dy, o_d(x)> p_d (delta_dk - p_k). And d
     maximises alpha + g, which by the Gumbel-max theorem has it drawn with the probability softmax(alpha)_d."""
-    net, random = sampling(seq_space="rnn_att"), torch.Generator().manual_seed(5)
-    alpha, edges, x = net.alpha["seq"], net.seq[0].edges.values(), torch.randn(3, 4, 32).double()
+    net, random = Network(**SMALL, relaxation="sample", seq_space="rnn_att").double(), torch.Generator().manual_seed(5)
+    alpha, x = net.alpha["seq"], torch.randn(3, 4, 32).double()
+    alpha.data.normal_()
     torch.manual_seed(5)
     for _ in range(2):  # each draw of a generator is a new one
-        g = -torch.empty(alpha.shape).exponential_(generator=random).log()  # -log(-log u)
-        p = (alpha + g).softmax(dim=1).detach()
+        p = (alpha - torch.empty(alpha.shape).exponential_(generator=random).log()).softmax(dim=1).detach()
         weight, drawn = net.relaxed("seq")
         assert drawn == p.argmax(dim=1).tolist() and len(set(drawn)) > 1
-    for row, (edge, d) in enumerate(zip(edges, drawn, strict=True)):
-        called, dL_dy = [], torch.randn_like(x)
-        for op in edge.ops.values():
-            op.register_forward_hook(lambda op, *_: called.append(op))
-        y = edge(x, weight[row], d)
-        (gradient,) = torch.autograd.grad(y, alpha, dL_dy, retain_graph=True)
-        assert called == [list(edge.ops.values())[d]]  # and no other
-        expected = torch.zeros_like(alpha)
-        for k in range(alpha.shape[1]):
-            expected[row, k] = (dL_dy * called[0](x)).sum() * p[row, d] * (float(k == d) - p[row, k])
+    for row, (edge, d) in enumerate(zip(net.seq[0].edges.values(), drawn, strict=True)):
+        dL_dy, expected, y = torch.randn_like(x), torch.zeros_like(alpha), list(edge.ops.values())[d](x)
+        expected[row] = (dL_dy * y).sum() * p[row, d] * (F.one_hot(torch.tensor(d), 4) - p[row])
+        (gradient,) = torch.autograd.grad(edge(x, weight[row], d), alpha, dL_dy, retain_graph=True)
         close(gradient, expected)
 
 
 def test_second_order_term_is_the_exact_one():
-    """In a space without LayerNorm right behind tanh, whose curvature costs the finite difference 1 to 7 %. With the
-    published code's `/ 2. * eps`, or masks drawn afresh, the error is 1 and more."""
-    net = smooth(Network(channels=2, cnn_cells=3, seq_cells=1, nodes=1, seq_space="lstm_att")).double()
-    with torch.no_grad():
-        for alpha in net.alphas():
-            alpha.normal_()
+    """In a space without LayerNorm behind tanh, whose curvature costs 1 to 7 %. Off by 1 with fresh masks."""
+    net = smooth(Network(channels=2, cnn_cells=3, seq_cells=1, nodes=1, seq_space="lstm_att").double())
     names = [name for name, _ in net.named_parameters() if not name.startswith("alpha.")]
     val, train, xi = batch(6, 12, 16, torch.float64), batch(6, 12, 16, torch.float64), 0.1
     with without_statistics(net):
@@ -594,186 +473,102 @@ def test_second_order_term_is_the_exact_one():
         loss = F.cross_entropy(torch.func.functional_call(net, dict(zip(names, unrolled)), (val[0],)), val[1])
         total = flat(torch.autograd.grad(loss, net.alphas(), retain_graph=True))
         v = torch.autograd.grad(loss, unrolled, retain_graph=True)
-        # The second-order term is the part of dL_val/dalpha that flows through w': a vector-Jacobian product.
-        exact = flat(torch.autograd.grad(unrolled, net.alphas(), v))
+        exact = flat(torch.autograd.grad(unrolled, net.alphas(), v))  # the part of the total that flows through w'
         torch.manual_seed(1)
         _, ours = Architect(net, F.cross_entropy, order=2).second_order(val, train, xi)
     assert net.dropout.p == 0.3 and (flat(ours) - total).norm() < 0.01 * exact.norm()  # measured 0.001
 
 
-def test_first_order_is_the_plain_gradient_and_the_expected_size_may_be_added():
-    net, twin, (x, target) = Network(**SMALL, dropout=0.0), Network(**SMALL, dropout=0.0), batch(4)
-    twin.load_state_dict(net.state_dict())
-    architect = Architect(net, F.cross_entropy, penalty=lambda: expected_parameters(net) / 1e6)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("frozen", ["none", "cnn", "alpha.normal", ""])
+def test_first_order_by_hand_with_adam_and_the_expected_size_as_penalty(order, frozen):
+    """So is the second with xi = 0. Weights and alphas that the caller has frozen, some or all, are constants."""
+    net, (x, target) = Network(**SMALL, seq_space="rnn", dropout=0.0).double(), batch(4, dtype=torch.float64)
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    twin, architect = copy.deepcopy(net), Architect(net, F.cross_entropy, order=order)
+    architect.penalty = lambda: expected_parameters(net) / 1e6
+    for alpha in net.alphas():
+        alpha.grad = torch.ones_like(alpha)  # of a backward pass of the caller's
+    free = [alpha for alpha in twin.alphas() if alpha.requires_grad]
     optimizer = torch.optim.Adam(twin.alphas(), 3e-4, (0.5, 0.999), weight_decay=1e-3)
     for _ in range(2):  # the first step of Adam says nothing of its betas
-        optimizer.zero_grad()
-        loss, size = F.cross_entropy(twin(x), target), 0.0
-        loss.backward()
-        close(flat(architect.first_order((x, target))[1]), flat([alpha.grad for alpha in twin.alphas()]))
+        with without_statistics(twin):
+            loss, size = F.cross_entropy(twin(x), target), 0.0
         for cell in (*twin.cnn, *twin.seq):
-            for alpha, edge in zip(twin.alpha[cell.kind].exp(), cell.edges.values(), strict=True):
-                sizes = [sum(p.numel() for p in op.parameters()) for op in edge.ops.values()]
-                size = size + sum(a / alpha.sum() * n for a, n in zip(alpha, sizes, strict=True))
+            p, edges = twin.alpha[cell.kind].exp(), cell.edges.values()
+            sizes = [[sum(w.numel() for w in op.parameters()) for op in edge.ops.values()] for edge in edges]
+            size = size + (p / p.sum(dim=1, keepdim=True) * torch.tensor(sizes)).sum()
         close(expected_parameters(net), size)
-        (size / 1e6).backward()
+        for alpha, g in zip(free, torch.autograd.grad(loss + size / 1e6, free) if free else (), strict=True):
+            alpha.grad = g
         optimizer.step()
-        assert architect.step((x, target)) == pytest.approx(loss.item())
-        close(flat(net.alphas()), flat(twin.alphas()), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("order, fails_at", [(1, None), (1, 1), (2, None), (2, 1), (2, 2), (2, 3), (2, 4)])
-def test_an_alpha_step_leaves_weights_and_statistics_alone(order, fails_at):
-    """Bit for bit; a step that fails in any of its passes leaves all: alphas, Adam's state, what is frozen."""
-    net, passes = used(Network(**SMALL, seq_space="rnn"), batch(4)[0]).train(), []
-
-    def loss(logits, target):
-        passes.append(1)
-        return F.cross_entropy(logits, target if len(passes) != fails_at else None)
-
-    architect = Architect(net, loss, order=order)
-    before = copy.deepcopy((net.state_dict(), architect.optimizer.state_dict()))
-    with pytest.raises(TypeError) if fails_at else contextlib.nullcontext():
-        architect.step(batch(4), batch(4), xi=0.1)
+        assert architect.step((x, target), (x, target), 0.0) == pytest.approx(loss.item())
+        close(flat(net.alphas()), flat(twin.alphas()), rtol=0, atol=1e-8)
+    assert all(p.requires_grad != name.startswith(frozen) and p.grad is None for name, p in net.named_parameters())
     for name, t in net.state_dict().items():
-        assert torch.equal(t, before[0][name]) == (fails_at is not None or not name.startswith("alpha.")), name
-    assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    assert fails_at is None or architect.optimizer.state_dict() == before[1] and len(passes) == fails_at
+        assert torch.equal(t, twin.state_dict()[name]) or name.startswith("alpha."), name
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_a_batch_that_is_not_finite_moves_nothing(order):
-    """NaN passes through the norms, and does not stay in their statistics."""
-    net = Network(**SMALL, seq_space="rnn", recompute=order == 2)
-    before, (x, target) = copy.deepcopy(net.state_dict()), batch(4)
-    architect = Architect(net, F.cross_entropy, order=order, penalty=lambda: expected_parameters(net))
-    for bad in ((x / 0, target), (x * math.nan, target)):
-        with pytest.raises(ValueError, match="loss .* is not finite"):
-            architect.step(bad, (x, target), 0.1)
-    architect.penalty = lambda: net.alpha["seq"].sum() * math.inf
-    with pytest.raises(ValueError, match="is not finite"):
-        architect.step((x, target), (x, target), 0.1)
-    architect.penalty, architect.loss = None, lambda *pair: F.cross_entropy(*pair) + math.inf  # its gradient is finite
-    with pytest.raises(ValueError, match="is not finite"):
-        architect.step((x, target), (x, target), 0.1)
-    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    assert not architect.optimizer.state and all(p.grad is None for p in net.parameters())
-
-
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("frozen", ["", "cnn", "alpha.normal", "."])
-def test_what_the_caller_has_frozen_is_a_constant(order, frozen):
-    """Weights and alphas, some or all: the gradient of the others is what it is without them."""
-    (x, target), net = batch(4, dtype=torch.float64), smooth(Network(**SMALL, seq_space="rnn", dropout=0.0)).double()
-    architect, constants = Architect(net, F.cross_entropy, order=order), set()
-    for name, p in net.named_parameters():
-        p.grad = torch.ones_like(p) if name.startswith("alpha.") else None  # of a backward pass of the caller's
-        if frozen and name.startswith(frozen) or frozen == ".":
-            constants.add(p.requires_grad_(False))
-    with held_fixed(net.weights()):
-        assert not any(p.requires_grad for p in net.weights())
+@pytest.mark.parametrize("order, at", [(1, 1), (2, 1), (2, 2), (2, 3), (2, 4)])
+@pytest.mark.parametrize("how", ["raises", "nan", "inf", "batch", "penalty"])
+def test_an_alpha_step_that_fails_in_any_pass_or_finds_what_is_not_finite_moves_nothing(order, at, how):
+    """Bit for bit: weights, statistics, alphas, Adam's state, what is frozen. (inf: a loss with a finite gradient.)"""
+    net, passes, (x, target) = Network(**SMALL, seq_space="rnn", recompute=how == "batch"), [], batch(4)
+    broken = {"raises": lambda loss: 1 / 0, "nan": lambda loss: loss * math.nan, "inf": lambda loss: loss + math.inf}
+    architect = Architect(net, None, order=order)
+    architect.penalty = lambda: expected_parameters(net) * (math.inf if how == "penalty" else 1)
+    architect.loss = lambda *pair: passes.append(any(p.requires_grad for p in net.weights())) or broken.get(
+        how if len(passes) == at or how == "inf" else "", nn.Identity())(F.cross_entropy(*pair))
     before = copy.deepcopy(net.state_dict())
-    pair = (x, target)
-    _, gradients = architect.first_order(pair) if order == 1 else architect.second_order(pair, pair, 0)
-    free = [alpha for alpha in net.alphas() if alpha not in constants]
-    with without_statistics(net):
-        loss = F.cross_entropy(net(x), target)
-        for a, b in zip(gradients, torch.autograd.grad(loss, free) if free else (), strict=True):
-            close(a, b)
-    architect.step((x, target), (x, target), 0.1)
-    for name, p in net.named_parameters():
-        assert p.requires_grad == (p not in constants)
-        assert torch.equal(p, before[name]) == (p in constants or not name.startswith("alpha."))
+    with pytest.raises(ZeroDivisionError if how == "raises" else ValueError, match="division|is not finite"):
+        architect.step((x * math.nan if how == "batch" else x, target), batch(4), xi=0.1)
+    assert passes == [order == 2] * (at if how == "raises" else order**2)  # the first order holds the weights fixed
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items()) and not architect.optimizer.state
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
-def test_misuse_is_told():
-    net, (x, target) = Network(**SMALL, seq_space="rnn"), batch(4)
-    for args in (((x, target),), ((x, target), (x, target)), ((x, target), None, 0.1)):
-        with pytest.raises(ValueError, match="order 2 needs `train`"):
-            Architect(net, F.cross_entropy, order=2).step(*args)
-    for wrong, order, says in ((Network(**SMALL, genotype=some_genotype()), 1, "no alphas"), (net, 3, "order is 3")):
-        with pytest.raises(ValueError, match=says):
-            Architect(wrong, F.cross_entropy, order=order)
-    make = {"a": nn.Identity, "b": nn.Tanh, "c": partial(nn.MaxPool1d, 2)}
-    s, ones = torch.randn(2, 6, 8), torch.ones(3, 2)
-    for ops, weight, says in (("ab", ones[:, 0], "a, b"), ("ab", None, "a, b"), ("a", ones[0], "each of a,"),
-                              ("ac", ones[0], r"a \[2, 6, 8\], c \[2, 6, 4\]")):
-        with pytest.raises(ValueError, match=says):
-            MixedOp({name: make[name]() for name in ops})(s, weight)
-    cell = Cell("own", [[(0, ("a", "b")), (1, ("b", "a"))]], lambda name, j: make["c" if j else name]())
-    for weight, drawn, says in ((ones, None, "cell: 3 rows of weights for 2 edges"),
-                                (ones[:2], None, r"node 2: .*'a', 'b'.* \[2, 6, 8\], .*'b', 'a'.* \[2, 6, 4\]"),
-                                (ones[:2], [0, 0], r"node 2: .* a \[2, 6, 8\], b \[2, 6, 4\]")):
-        with pytest.raises(ValueError, match=says):
-            cell(s, s, weight, drawn)
-
-
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("life", ["softmax", "sample", "derived"])
-def test_recomputation_changes_no_bit(life, own):
-    """Also with a user's dropout, and in a second backward pass through one graph."""
-    sizes = dict(SMALL, seq_width=8, **({"genotype": some_genotype()} if life == "derived" else {"relaxation": life}))
-    gradients, states, batches, begun = [], [], [batch(4), batch(4)], Counter()
-    for recompute in (False, True):
+def test_recomputation_changes_no_bit_and_a_gpu_only_rounds(life, device, own):
+    """In gradients, also of a second backward pass and the second order; masks are each device's own, draws are not."""
+    found, batches, begun = [], [batch(4, dtype=torch.float64), batch(4, dtype=torch.float64)], Counter()
+    more, tolerance = {"genotype": some_genotype()} if life == "derived" else {"relaxation": life}, device == "cuda"
+    for recompute, there in ((False, "cpu"), (True, device), (False, device)):
         torch.manual_seed(3)
-        net = Network(**sizes, recompute=recompute).train()
-        net.drop_path = 0.2
+        net = Network(**SMALL, seq_width=8, recompute=recompute, **more).double()
+        net.drop_path = 0.2 if device == "cpu" else 0.0
+        for m in net.modules():
+            m.p = m.p * (device == "cpu") if isinstance(m, nn.Dropout) else None
         for op in (op for cell in (*net.cnn, *net.seq) for edge in cell.edges.values() for op in edge.ops.values()):
             op.register_forward_pre_hook(lambda *_: begun.update([recompute]))
-        for x, target in batches:
+        net.to(there, memory_format=torch.channels_last)
+        pairs = [(x.to(there), target.to(there)) for x, target in batches]
+        for x, target in pairs:
             loss = F.cross_entropy(net(x), target)
-            loss.backward(retain_graph=True)
-            loss.backward()
-        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+            for _ in range(1 if device == "cuda" else 2):
+                loss.backward(retain_graph=True)
+        found.append([loss, *net.state_dict().values(), *(p.grad for p in net.parameters() if p.grad is not None)])
         if life == "softmax":
-            gradients[-1] += Architect(net, F.cross_entropy, order=2).second_order(*batches, 0.1)[1]
-        states.append(net.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert all(torch.equal(states[0][name], t) for name, t in states[1].items())
-    assert max(int(t) for name, t in states[1].items() if name.endswith("num_batches_tracked")) == 2
-    assert begun[True] > 1.5 * begun[False]  # it was computed again
+            found[-1] += Architect(net, F.cross_entropy, order=2).second_order(*pairs, 0.1)[1]
+    close(found[1:], found[:1] * 2, rtol=1e-7 * tolerance, atol=1e-9 * tolerance, check_device=False)
+    assert begun[True] > 0.7 * begun[False]  # in one run of it as against two: it was computed again
 
 
 def test_mixed_precision_keeps_weights_alphas_and_logits_in_float32():
     """The network's own, and its caller's, which it leaves as it is."""
     net, (x, target) = Network(**SMALL, dropout=0.0).train(), batch(8)
-    exact = net(x)
-    _, gradient = Architect(net, F.cross_entropy).first_order((x, target))
+    exact, (_, gradient) = net(x), Architect(net, F.cross_entropy).first_order((x, target))
     with torch.autocast("cpu", torch.bfloat16):
         callers = net(x)
     net.amp = True
-    rough = net(x)
-    _, roughly = Architect(net, F.cross_entropy).first_order((x, target))
+    rough, (_, roughly) = net(x), Architect(net, F.cross_entropy).first_order((x, target))
     assert {t.dtype for t in (rough, *roughly, *net.parameters())} == {torch.float32}
     assert callers.dtype == torch.bfloat16 and torch.equal(callers.float(), rough)
     assert 1e-5 < (rough - exact).abs().max() < 0.1  # bfloat16 has 8 bits: it was used, and it is no other function
     assert F.cosine_similarity(flat(gradient), flat(roughly), dim=0) > 0.9
 
 
-@gpu
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("life", ["softmax", "sample", "derived"])
-def test_a_gpu_computes_what_a_cpu_does(life, recompute):
-    """In float64 and without dropout, whose masks are each device's own: logits, gradients, also of the second order,
-    and statistics. The same operations are drawn."""
-    more = {"genotype": some_genotype()} if life == "derived" else {"relaxation": life}
-    net = Network(**SMALL, seq_width=8, recompute=recompute, **more).double()
-    for module in net.modules():
-        module.p = 0.0 if isinstance(module, nn.Dropout) else None
-    found, data = [], [batch(4, dtype=torch.float64) for _ in range(2)]
-    for device in ("cpu", "cuda"):
-        there = copy.deepcopy(net).to(device, memory_format=torch.channels_last).train()
-        batches = [(x.to(device), target.to(device)) for x, target in data]
-        torch.manual_seed(5)
-        logits = there(batches[0][0])
-        F.cross_entropy(logits, batches[0][1]).backward()
-        found.append([logits, *there.state_dict().values()])
-        found[-1] += [p.grad for p in there.parameters() if p.grad is not None]
-        if life == "softmax":
-            found[-1] += Architect(there, F.cross_entropy, order=2).second_order(*batches, 0.1)[1]
-    close([t.cpu() for t in found[1]], found[0], rtol=1e-7, atol=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # features.py
 
 SHORT, HEAD = Settings(8, 1.0), "path,label,speaker\n"
@@ -1027,7 +822,7 @@ def test_a_csv_as_people_save_it_and_one_with_a_recording_twice(tmp_path):
     assert read_corpus("csv", file).digest != listing.digest
     shutil.copytree(tmp_path, tmp_path / "else/where")
     os.mkfifo(tmp_path / "else/where/pipe")
-    with chdir(tmp_path / "else/where"):
+    with contextlib.chdir(tmp_path / "else/where"):
         moved = read_corpus("csv", "mine.csv")
         assert moved.digest == read_corpus("csv", file).digest and features.fingerprint(Path("pipe")) == (0, 0)
         told = {moved.digest}
@@ -1035,6 +830,11 @@ def test_a_csv_as_people_save_it_and_one_with_a_recording_twice(tmp_path):
             Path("mine.csv").write_text((text + "copy.wav,x,b\n").replace(old, new))
             told.add(read_corpus("csv", "mine.csv").digest)
         assert len(told) == 5  # a label, a speaker, a class, a recording
+    told = set()
+    for old, new in (("", ""), (",a,train", ",d,train"), ("x,a,train", "x,a,test")):  # there no group is a speaker
+        tree(tmp_path, {"split.csv": SPLIT.replace(old, new)})
+        told.add(read_corpus("csv", tmp_path / "split.csv").digest)
+    assert len(told) == 3
     file.write_text(text + "copy.wav,x,c\n")
     with pytest.raises(InputError, match="one recording, (bx.wav and copy|copy.wav and bx).wav, is in "):
         folds(read_corpus("csv", file))
@@ -1093,7 +893,7 @@ def rf64(size):
 ])
 def test_what_writers_of_wavs_leave(tmp_path, content, samples):
     path = tree(tmp_path, {"a.wav": content}) / "a.wav"
-    with pytest.raises(InputError, match=f"a.wav: .*{samples}") if isinstance(samples, str) else nullcontext():
+    with pytest.raises(InputError, match=f"a.wav: .*{samples}") if isinstance(samples, str) else contextlib.nullcontext():
         assert len(hear(path)[0]) == samples and hear(path)[2] == samples / 16000
 
 
@@ -1242,10 +1042,10 @@ def test_an_output_that_is_closed_or_lacks_letters_is_no_obstacle(monkeypatch):
         monkeypatch.setattr(sys, "stdout", output)
         features.open_output()
         print("\u0141ukasz")
+        sys.stdout.flush()  # there is one
     assert ascii_.buffer.getvalue() == b"\\u0141ukasz\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # train.py. Its corpus: four speakers, three classes; the tenth utterance of each speaker has two windows.
 
 LABELS, TWO_FOLDS = ("glad", "mad", "sad"), ["--folds", "0,1", "--out"]
@@ -1504,7 +1304,8 @@ def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path):
 
     fold = loaded(train.parse(TINY))[1][0]
     clean, others = run([], "clean"), run(fold.validation, "validation")
-    assert clean == run(fold.tests["a"], "test") and clean[0] == others[0] and clean[1] != others[1]
+    assert clean == run(fold.tests["a"], "test") and clean[0] == others[0]
+    assert all(mine != theirs for mine, theirs in zip(clean[1], others[1]))
     with pytest.raises(InputError):  # the oracle sees something: a training utterance does matter
         run(fold.train[:1], "train")
 
@@ -1529,12 +1330,12 @@ def test_baselines_keep_the_time_axis_and_do_not_mix_utterances_and_ones_own_is_
         kinds = [any(isinstance(m, kind) for m in net.modules()) for kind in (nn.Conv2d, nn.LSTM, nn.Tanh)]
         assert kinds == ["cnn" in name, "lstm" in name, "att" in name]  # what its name says
     monkeypatch.setitem(train.BASELINES, "linear", lambda c, f: nn.Sequential(nn.Flatten(), nn.Linear(f * 4, c)))
-    monkeypatch.setitem(train.METRICS, "worst recall", lambda c: float((c.diagonal() / c.sum(axis=1)).min()))
-    out = said(capsys, "--model", "linear", "--folds", "0", "--out", "linear")
-    confusion = read_json("linear/fold0/result.json")["tests"]["test"]["confusion"]
-    worst = min(row[c] / sum(row) for c, row in enumerate(confusion))
-    row = dict(zip(*(re.split(r" *\| *", line) for line in re.findall(r"^\| (?:fold|0 ) .*$", out, re.M))))
-    assert (row["parameters"], row["worst recall"]) == (f"{12 * 4 * 3 + 3}", f"{100 * worst:.1f}")
+    monkeypatch.setitem(train.METRICS, "correct", lambda c: float(c.trace() / 100))
+    out = said(capsys, "--model", "linear", *TWO_FOLDS, "linear")
+    correct = [np.trace(fold["tests"]["test"]["confusion"]) for fold in read_json("linear/results.json")["folds"]]
+    head, *rows = (re.split(r" *\| *", line) for line in re.findall(r"^\| (?:fold|\d|pooled) .*$", out, re.M))
+    found = [[dict(zip(head, row))[name] for name in ("parameters", "correct")] for row in rows]
+    assert found == [[n, f"{c:.1f}"] for n, c in zip(["147", "147", ""], [*correct, sum(correct)])]  # 12 4 3 + 3
 
 
 def test_the_command_leaves_what_it_promises_and_report_is_a_function_of_the_folds(cwd, monkeypatch, capsys):
@@ -1553,7 +1354,8 @@ def test_the_command_leaves_what_it_promises_and_report_is_a_function_of_the_fol
         uas, pooled = [*uas, np.mean(confusion.diagonal() / [3, 3, 4])], pooled + confusion
         assert (test["confusion"], test["speakers"] + fold["validation"]) == (confusion.tolist(), [speaker, validation])
         assert (test["UA"], test["WA"]) == pytest.approx((uas[-1], confusion.trace() / 10))
-        assert max(Path(f"one/fold{k}").iterdir(), key=os.path.getmtime).name == "result.json"  # the last one
+        files = sorted(Path(f"one/fold{k}").iterdir(), key=os.path.getmtime)  # result.json is the last one
+        assert [f.name for f in files[1:]] == "genotype.json log.csv predictions.csv model.pt result.json".split()
         about = json.loads(said(capsys, "--from", f"one/fold{k}/model.pt"))
         assert all(fold[name] == about[name] for name in about)
         assert read_json(f"one/fold{k}/genotype.json") == fold["genotype"]
@@ -1589,9 +1391,8 @@ def test_the_gap_is_that_between_the_supernet_and_the_network_of_its_genotype(cw
     data, genotype, before = loaded(options, double=True)[0], derive(net), copy.deepcopy(net.state_dict())
     derived = train.network(options, 3, genotype).double()  # its norms still have scale 1 and shift 0
     derived.load_state_dict({name: t for name, t in before.items() if name in derived.state_dict()}, strict=False)
-    found = train.decision(net, genotype, data, members)
+    (windows, of), found = data.windows(members), train.decision(net, genotype, data, members)
     close(net.state_dict(), before, rtol=0, atol=0)
-    windows, of = data.windows(members)
     for network, name in ((net, "ua_all_operations"), (derived, "ua_of_genotype")):
         for module in network.eval().modules():
             module.training = isinstance(module, nn.BatchNorm2d)
@@ -1623,9 +1424,8 @@ def test_comparison_by_hand(tmp_path):
     train.compare(options, runs, [0, 1, 2])
     text, about = re.sub(" +", " ", (tmp_path / "comparison.md").read_text()), read_json(tmp_path / "results.json")
     rows = {row["model"]: row for row in about["rows"]}
-    ours, theirs = [14, 12, 17], [10, 6, 11]  # seeds averaged
-    p = f"{scipy.stats.ttest_rel(ours, theirs).pvalue:.2g}"
-    for model, averaged, p in (("emodarts", ours, ""), ("cnn", theirs, p)):
+    p = f"{scipy.stats.ttest_rel([14, 12, 17], [10, 6, 11]).pvalue:.2g}"  # seeds averaged
+    for model, averaged, p in (("emodarts", [14, 12, 17], ""), ("cnn", [10, 6, 11], p)):
         seeds = [2.5 * np.mean(values) for values in uas[model]]  # percent
         mean, of_folds, of_seeds = np.mean(seeds), 2.5 * np.std(averaged, ddof=1), np.std(seeds, ddof=1)
         row = [rows[model][name] for name in ("seeds", "p", "UA", "WA", "weights", "search", "training", "peak")]
@@ -1638,7 +1438,7 @@ def test_comparison_by_hand(tmp_path):
     assert about["versions"] == ["theirs"] and "made by other code than today's: theirs" in text
 
 
-def test_several_test_sets_are_scored_by_one_training_and_several_models_averaged(cwd, tmp_path, capsys):
+def test_several_test_sets_are_scored_by_one_training_and_several_models_averaged(cwd, tmp_path, monkeypatch, capsys):
     rows, split = ["FileName,EmoClass,SpkrID,Split_Set"], dict(a="Test1", b="Test2", c="Development", d="Train")
     for path, label, speaker in map(dict.values, table("mine.csv")):
         code = "N" if path[2:6] == "sad0" else dict(glad="H", mad="A", sad="S")[label]
@@ -1652,11 +1452,12 @@ def test_several_test_sets_are_scored_by_one_training_and_several_models_average
         predicted = table(f"podcast/fold0/predictions-{name}.csv")
         assert [row["utterance"][12] for row in predicted] == test["speakers"] * 10
         assert f"| fold       | {name} " in out and f"{100 * test['UA']:.1f}" in out
-    alone = [said(capsys, "--predict", "b-sad3.wav", "--from", f"one/fold{k}").split() for k in (0, 1)]
-    p = np.exp(np.mean([np.log([float(v) for v in line[3::2]]) for line in alone], axis=0))  # of logits
-    both = said(capsys, "--predict", "b-sad3.wav", "--from", "one").split()
-    assert [float(v) for v in both[3::2]] == pytest.approx(p / p.sum(), abs=3e-3) and both[1] == LABELS[p.argmax()]
     assert said(capsys, "--from", "one").count('"settings"') == 2
+    about, _, *more = train.read_model("one/fold0/model.pt")  # of the logits below the mean is [1.5, 1, -2]
+    models = [(about, lambda x, row=row: torch.tensor([row] * len(x)), *more) for row in ([0.0, 2, -9], [3.0, 0, 5])]
+    monkeypatch.setattr(train, "read_model", lambda file: models.pop())
+    both = said(capsys, "--predict", "b-sad3.wav", "--from", "one").split()
+    assert both[1] == "glad" and [float(v) for v in both[3::2]] == pytest.approx([0.611, 0.371, 0.018], abs=1e-3)
 
 
 @pytest.mark.parametrize("normalise", ["train", "speaker"])
@@ -1681,7 +1482,8 @@ def test_bad_recordings_or_those_trained_on_stop_the_run_before_the_training(cwd
     text = Path("mine.csv").read_text()
     gone = {f"gone/{path}": b"" for path in re.findall("a-.*wav", text)}
     tree(Path(), {"stub.wav": "version https://git-lfs.github.com/spec/v1", "bad.csv": text + "\nstub.wav,sad,a",
-                  "gone.csv": text.replace("a-", "gone/a-"), **gone})
+                  "gone.csv": text.replace("a-", "gone/a-"), **gone,
+                  "copy.wav": Path("c-mad0.wav").read_bytes(), "copy.csv": text + "\ncopy.wav,mad,a"})
     where = "--root bad.csv --folds 0 --out bad".split()
     assert "1 of 41 recordings cannot be used" in said(capsys, *where, code=2) and not list(Path("bad").glob("fold*"))
     assert "1 recordings cannot be used and were skipped" in said(capsys, *where, "--skip-bad")
@@ -1694,12 +1496,14 @@ def test_bad_recordings_or_those_trained_on_stop_the_run_before_the_training(cwd
     said(capsys, *where, "1")
     assert {row["utterance"][0] for row in table("gone-run/fold1/predictions.csv")} == {"b"}
     # What was trained on is not tested on, under another name or by another table; fold 0 trains on c and d.
-    shutil.copy("c-mad0.wav", "copy.wav")
-    tree(Path(), {"d.csv": re.sub("(?m)^[abc]-.*\n", "", text), "copy.csv": text + "\ncopy.wav,mad,a"})
-    assert "d-" in said(capsys, "--folds", "0", "--test-dataset", "csv=d.csv", "--out", "apart", code=2)
-    said(capsys, "--folds", "2", "--test-dataset", "csv=d.csv", "--out", "apart2")  # where d validates
+    second = "--test-dataset csv=second.csv --skip-bad --out apart --folds".split()
+    for speaker, fold in (("a", "0 --poison 0.5"), ("d", "0")):
+        tree(Path(), {"second.csv": re.sub(f"(?m)^[^p{speaker}]-.*\n", "", text + f"\nstub.wav,sad,{speaker}")})
+        assert f"{speaker}-" in said(capsys, *second, *fold.split(), code=2) and not Path("apart").exists()
+    said(capsys, *second, "2")  # where d validates
+    assert len(table("apart/fold2/predictions-csv.csv")) == 10
     assert re.search("copy.wav.*c-mad0|c-mad0.*copy.wav", said(capsys, "--root", "copy.csv", "--out", "copy", code=2))
-    assert not Path("apart").exists() and not Path("copy").exists()
+    assert not Path("copy").exists()
 
 
 def test_a_result_knows_its_data(cwd, capsys, tmp_path):
@@ -1753,13 +1557,13 @@ def test_a_result_knows_its_genotype_and_what_code_made_it(cwd, capsys, tmp_path
     assert [len(fold["versions"]) for fold in read_json("continued/results.json")["folds"]] == [2, 1]
 
 
-def child(cwd, log, argv, environment, name="weight_step", n=0):
+def child(cwd, log, argv, environment, name=None, n=0):
     """A process of its own. It is killed when it calls train's function `name` for the n-th time."""
     os.chdir(cwd)
     os.environ |= environment
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    with stopping(name, n, kill=True):
+    with stopping(name, n, kill=True) if name else contextlib.nullcontext():
         sys.exit(train.main([*TINY, *argv]))
 
 
@@ -1844,13 +1648,11 @@ def test_processes_share_a_run_folder(cwd, tmp_path, monkeypatch, capsys):
     shared, both, log = tmp_path / "shared", tmp_path / "ranks", tmp_path / "log"
     with features.lock(shared / "fold0/lock"):
         assert "other processes have the other folds" in said(capsys, *TWO_FOLDS, shared)
-    assert not (shared / "fold0/log.csv").exists()
-    assert said(capsys, *TWO_FOLDS, shared).count("| pooled ") == 1
+    assert not (shared / "fold0/log.csv").exists() and said(capsys, *TWO_FOLDS, shared).count("| pooled ") == 1
     ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
     assert exit_codes(*((cwd, log, [*TWO_FOLDS, str(both)], rank) for rank in ranks)) == [0, 0]
     assert left(both) == left(shared) == left("one")
-    text = log.read_text()
-    assert "\n| pooled " in text and [text.count(f"fold {k} found") for k in (0, 1)] == [1, 1]
+    assert [log.read_text().count(f"fold {k} found") for k in (0, 1)] == [1, 1] and "\n| pooled " in log.read_text()
     once, computed = tmp_path / "once", []  # another process finishes fold 1 meanwhile; nobody else prints now
     monkeypatch.setattr(train, "run_fold", lambda options, k, *_: computed.append(k) or shutil.copytree(
         "one", once, dirs_exist_ok=True))
@@ -1922,18 +1724,17 @@ def test_damaged_files_are_one_clear_line_and_execute_nothing(cwd, capsys):
 def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [*TINY[4:], *"--window 1 --search-epochs 3 --epochs 5 --folds 1,2 --batch 8 --seq-space all".split()]
-    out, listing = said(capsys, *argv, "--dry-run", sizes=[]), read_corpus("smoke")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    out, listing = said(capsys, *argv, "--seeds", "2", "--dry-run", sizes=[]), read_corpus("smoke")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"] and "fold 0" not in out
     net = Network(bands=12, channels=2, cnn_cells=3, nodes=1, seq_cells=1, seq_width=8, stem_stride=2)
     for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
         assert f"{name}: {sum(p.numel() for p in part.parameters()):,}\n" in out
     windows, total = features.lengths(listing, 1.0)[0], 0.0
     half, whole = (sum(math.ceil(windows[fold.train[::n]].sum() / 8) for fold in folds(listing)[1:3]) for n in (2, 1))
-    for kind, n in {"alpha step": 2 * half, "weight step": 3 * half, "training step": 5 * whole}.items():
+    for kind, n in {"alpha step": 4 * half, "weight step": 6 * half, "training step": 10 * whole}.items():
         total += n * float(re.search(rf"{kind}: {n:,} of (\S+) s, \S+ GB\n", out)[1])
     assert total == pytest.approx(float(re.search(r"in all    (\S+) s", out)[1]), rel=0.02, abs=1)
     assert re.search(r"fold 1 +holds out 04: test 04 \(28\), validation 05 \(28\), training 112", out)
-    assert "fold 0" not in out
 
 
 def test_imports_readmes_commands_and_its_example_are_those_that_run():
@@ -1945,6 +1746,5 @@ def test_imports_readmes_commands_and_its_example_are_those_that_run():
     run, test = re.findall(r"^pip install .*$", readme, re.MULTILINE)
     assert "python train.py" in run and "pytest" in test
     assert re.findall(r"^pip install .*$", script, re.MULTILINE) == [f"{command} || exit 1" for command in (test, run)]
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)  # our own file
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names := {})  # our own file
     assert isinstance(names["genotype"], Genotype) and names["net"](names["x"][:2]).shape == (2, 4)

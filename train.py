@@ -873,9 +873,9 @@ def report(folds, options):
     text += [table(folds, name, plain) for name in folds[0]["tests"]]
     text += ["## Confusion", "Rows: what it was. Columns: what it was taken for. All folds together."]
     for name in folds[0]["tests"]:
-        confusion = np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
         classes = [*map(plain, folds[0]["classes"])]
-        rows = [[c, *row, percent(row[k] / max(1, row.sum()))] for k, (c, row) in enumerate(zip(classes, confusion))]
+        m = np.sum([fold["tests"][name]["confusion"] for fold in folds], axis=0)
+        rows = [[c, *m[k], percent(m[k, k] / m[k].sum()) if m[k].any() else "-"] for k, c in enumerate(classes)]
         text.append(markdown([name, *classes, "recall, %"], rows))
     if folds[0]["decision"]:
         entropies, both, alone = (np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"])

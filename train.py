@@ -180,7 +180,7 @@ def check(options):
 
 
 def feature_settings(options):
-    return features.Settings.named(options.features, window=options.window)
+    return features.Settings(options.features, options.window)
 
 
 def settings_of(options):
@@ -402,7 +402,7 @@ def weight_step(loss, optimizer):
 # Networks ------------------------------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
     """The supernet or, with a genotype, the derived network; or a baseline."""
-    bands = feature_settings(options).coefficients
+    bands = feature_settings(options).shape[0]
     if options.model in BASELINES:
         return BASELINES[options.model](classes, bands)
     same = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "seq_space", "relaxation", "recompute", "amp")
@@ -982,20 +982,26 @@ def seconds_of(step, device):
     return float(np.median(times[len(times) // 2 :]))
 
 
-def dry_run(options, runs, listing, parts, device):
-    """Says what would happen and what it costs, measured with a network of each model here. `parts`: number -> Fold"""
-    windows, lengths = features.lengths(listing, options.window)
-    print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances, "
-          f"{lengths.sum() / 60:.1f} minutes, {windows.sum()} windows of {options.window:g} s",
-          *features.describe_folds(listing, parts), sep="\n")
-    batches = [[math.ceil(windows[f.train[::n]].sum() / options.batch) for f in parts.values()] for n in (1, 2)]
+def dry_run(options, runs, data, parts, device):
+    """Says what there is, what would happen, and what it costs, measured with a network of each model here. `parts`:
+    number -> Fold"""
+    listing, store, count = data.listing, data.store, np.diff(data.store.first)
+    labels = ", ".join(f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels)))
+    print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances ({labels}), "
+          f"{store.seconds.sum() / 60:.1f} minutes, {count.sum()} windows of {options.window:g} s")
+    for k, fold in parts.items():
+        sides = [f"{side} {features.listed(data.speakers(members))} ({len(members)})" for side, members in
+                 fold.sides().items()]
+        print(f"fold {k:<4} ", ", ".join(sides[::-1]))
+    print(*(f"skipped   {why}" for why in store.bad.values()), sep="\n", end="\n" if store.bad else "")
+    batches = [[math.ceil(count[f.train[::n]].sum() / options.batch) for f in parts.values()] for n in (1, 2)]
     whole, half = map(sum, batches)
     number = {"alpha step": half * (options.search_epochs - options.warm_up),
               "weight step": half * options.search_epochs, "training step": whole * options.epochs}
     total, peak = 0.0, 0.0
     for model in dict.fromkeys(run.model for run in runs):
         same = [run for run in runs if run.model == model]
-        for kind, step in steps_of(same[0], len(listing.classes), device):
+        for kind, step in steps_of(same[0], len(data.classes), device):
             peak_memory(device)
             seconds, held, n = seconds_of(step, device), peak_memory(device), len(same) * number[kind]
             total, peak = total + n * seconds, max(peak, held or 0)
@@ -1032,9 +1038,7 @@ def use(options):
     classes, settings = models[0][0]["classes"], models[0][3]  # all folds of a run have the same
     clips = {}  # path -> (W, F, T), rounded as in training
     for path in options.predict:
-        windows = features.windows(features.read_wav(path), settings)
-        maps = [features.transform(settings)(torch.from_numpy(window)) for window in windows]
-        clips[path] = torch.stack(maps).half().float()
+        clips[path] = features.maps_of(features.read_wav(path), settings).float()
     own = statistics(clips.values())  # of a model that was normalised by speaker all clips are one speaker's
     for path, maps in clips.items():
         logits = []
@@ -1107,12 +1111,12 @@ def run(options):
     chosen = options.folds or list(range(len(parts)))
     if not set(chosen) <= set(range(len(parts))):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {len(parts) - 1}")
-    if options.dry_run:
-        return dry_run(options, runs, listing, {k: parts[k] for k in chosen}, device)
     for each, k in itertools.product(runs, range(len(parts))):
         finished(each, k)  # also of folds that are not asked for: a folder holds one run
     data = Data(options, listing, listing.classes, device)
     parts = features.folds(listing, data.store.bad, chosen)
+    if options.dry_run:
+        return dry_run(options, runs, data, {k: parts[k] for k in chosen}, device)
     other = second and Data(options, second, listing.classes, device)
     for k in chosen if second else ():
         trained = parts[k].train + (sum(parts[k].tests.values(), []) if options.poison else [])
@@ -1128,7 +1132,10 @@ def run(options):
 
 
 def main(argv=None):
-    features.open_output()
+    if sys.stdout is None or sys.stdout.closed:
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what it has no letter for
     try:
         run(parse(argv))
         return 0

@@ -275,7 +275,7 @@ class Corpus:
     counts: tuple = ()  # of each known version: classes, recordings with a label
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
-    paper: tuple = None  # groups that test in the emoDARTS authors' own protocol; (): all; None: they have none
+    paper: tuple = None  # groups that test in the emoDARTS authors' protocol; (): all; None: they have not used it
     at_most: int = None  # utterances in its training, in its validation, in each of its test sets
 
 
@@ -335,10 +335,10 @@ class Listing:
 def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     """-> Listing. `classes`: four or all, `protocol`: standard or paper. Warns when recordings are missing or the
     counts are not the known ones. InputError for an unknown dataset, and for a root where nothing is found."""
-    corpus, paper = CORPORA.get(dataset), protocol == "paper"
-    if not corpus or (paper and corpus.paper is None):
-        have = ", ".join(name for name in CORPORA if not paper or CORPORA[name].paper is not None)
-        raise InputError(f"found dataset {dataset!r}, protocol {protocol}; the protocol is known of {have}")
+    if dataset not in CORPORA:
+        raise InputError(f"unknown dataset {dataset!r}; known: {', '.join(CORPORA)}")
+    corpus = CORPORA[dataset]
+    paper = protocol == "paper" and corpus.paper is not None
     root = Path(root or Path("data", dataset))
     labelled = list(corpus.index(root))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)

@@ -2,9 +2,7 @@
 
     python train.py                                         # the smoke test: no data, no GPU, one to three minutes
     python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
-    python train.py --dataset emodb --root /data/emodb --compare --seeds 3      # beside baselines and random genotypes
     python train.py --dry-run                               # what would happen, and what it would cost
-    python train.py --predict a.wav b.wav --from runs/NAME  # what the models of a run recognise in clips
 
 The way of the data, which is also the order of this file:
 
@@ -24,12 +22,10 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -45,7 +41,7 @@ from torch import nn
 import features
 from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, decided, derive, entropy
 from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
-from features import CORPORA, InputError, lock, write
+from features import CORPORA, InputError, Settings, lock, write
 
 # Options -------------------------------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
@@ -79,8 +75,7 @@ def at_least(least, kind=int, below=math.inf):
 
 
 def numbers(text):
-    """"3,0" -> [0, 3]"""
-    return sorted({int(number) for number in text.split(",")})
+    return sorted(map(int, text.split(",")))
 
 
 def genotype_file(file):
@@ -98,27 +93,28 @@ def parse(argv):
     first = Parser(add_help=False, **how)
     first.add_argument("--dataset", choices=CORPORA, default="smoke", help="the corpus")
     first.add_argument("--scale", choices=SCALES, help="small, or the paper's")
+    first.add_argument("--protocol", choices=("standard", "paper"), default="standard", help="paper: as its authors")
     known, _ = first.parse_known_args(argv)
     corpus = CORPORA[known.dataset]
     scale = known.scale or corpus.scale
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], **how)
     add_inputs(parser)
     add_method(parser)
-    parser.set_defaults(scale=scale, root=f"data/{known.dataset}", folds=corpus.folds or None, **SCALES[scale])
-    return parser.parse_args(argv, Namespace(data=None))  # the digest of what is read, once it is read
+    parser.set_defaults(scale=scale, root=f"data/{known.dataset}", folds=corpus.folds or None, **SCALES[scale],
+                        validation="none" if known.protocol == "paper" else "next")
+    return parser.parse_args(argv, argparse.Namespace(data=None))  # the digest of what is read, once it is read
 
 
 def add_inputs(parser):
     add = parser.add_argument_group("data").add_argument
     add("--root", help="the corpus' folder, or the file of csv")
     add("--classes", choices=("four", "all"), default="four", help="angry, happy, neutral and sad, or all labels")
-    add("--protocol", choices=("standard", "paper"), default="standard", help="the corpus', or emoDARTS' authors'")
+    add("--validation", choices=("next", "none"), help="the next group of speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
     add("--skip-bad", action="store_true", help="go on without recordings that cannot be used; results name them")
     add("--test-dataset", metavar="NAME=DIR", help="a corpus to test every model on as well")
     add("--poison", type=at_least(0, float, 1), default=0.0, help="share of the test utterances that trains as well")
     add("--normalise", choices=("train", "speaker"), default="train", help="by the training speakers, or by oneself")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="shift and mask what moves weights")
     add("--cache", default="cache", help="folder of the computed features")
 
     add = parser.add_argument_group("sizes").add_argument
@@ -134,7 +130,7 @@ def add_inputs(parser):
 
 def add_method(parser):
     add = parser.add_argument_group("search and training").add_argument
-    add("--model", choices=("emodarts", "random", *BASELINES), default="emodarts", help="searched, random, by hand")
+    add("--model", choices=("emodarts", "random", "skip", *BASELINES), default="emodarts", help="searched, or not")
     add("--search", choices=("joint", "cnn", "seq"), default="joint", help="which cells; the others are fixed")
     add("--genotype", type=genotype_file, metavar="FILE", help="a genotype to train, without a search")
     add("--relaxation", choices=RELAXATIONS, help="all operations of an edge, or one drawn")
@@ -152,8 +148,7 @@ def add_method(parser):
     add("--out", help="folder of the run; None: runs/DATASET-SCALE-KEY, a key of settings and data")
     add("--seed", type=at_least(0), default=0, help="seed of everything random")
     add("--seeds", type=at_least(1), default=1, help="number of seeds: a run with each, and their ensemble")
-    add("--compare", type=at_least(0), nargs="?", const=10, metavar="N",
-        help="beside baselines and N (10) random genotypes")
+    add("--compare", type=at_least(0), nargs="?", const=10, metavar="N", help="beside all others, N (10) random ones")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a CUDA GPU when there is one")
     add("--recompute", action="store_true", help="edges again on the way back: much less memory, same numbers")
     add("--amp", action="store_true", help="mixed precision (bfloat16): other roundings; pays on a GPU")
@@ -177,10 +172,6 @@ def check(options):
                 Architect(net, None, order=options.order)
     except ValueError as error:
         raise InputError(error) from None
-
-
-def feature_settings(options):
-    return features.Settings(options.features, options.window)
 
 
 def settings_of(options):
@@ -221,8 +212,8 @@ class Data:
     first batch of a fold, `standardise_by` must say whose statistics count."""
     def __init__(self, options, listing, classes, device):
         self.listing, self.classes, self.normalise, self.device = listing, classes, options.normalise, device
-        settings = feature_settings(options)
-        self.store = features.load(listing, settings, options.cache, skip_bad=options.skip_bad, progress=say)
+        maps = Settings(options.features, options.window)
+        self.store = features.load(listing, maps, options.cache, skip_bad=options.skip_bad, progress=say)
         self.labels = np.array([classes.index(u.label) for u in listing.utterances])
 
     def windows(self, utterances):
@@ -276,14 +267,9 @@ class Data:
 
 def statistics(parts):
     """Maps (N, F, T), in parts -> mean and deviation of each coefficient over all of them, (F,) each."""
-    count, total, squares = 0, 0.0, 0.0
-    for x in parts:
-        x = x.double()
-        count += x[:, 0].numel()
-        total = total + x.sum((0, 2))
-        squares = squares + x.square().sum((0, 2))
-    mean = total / count
-    return mean.float(), (squares / count - mean**2).clamp(min=1e-10).sqrt().float()
+    moments = sum(torch.stack([x**0, x, x**2]).sum((1, 3)) for x in (part.double() for part in parts))  # (3, F)
+    mean, square = moments[1:] / moments[0]
+    return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
 
 
 def halves(utterances, labels, *where):
@@ -295,9 +281,8 @@ def halves(utterances, labels, *where):
 
 def poisoned(fold, options, labels):
     """Moves a share of each class of the test utterances to the training set: the paper's "dataset poisoning"."""
-    rng = np.random.default_rng(options.seed)
     tested = sorted({i for members in fold.tests.values() for i in members})
-    moved = set()
+    moved, rng = set(), np.random.default_rng(options.seed)
     for label in set(labels[tested]):
         members = [i for i in tested if labels[i] == label]
         moved.update(rng.permutation(members)[: int(options.poison * len(members))].tolist())
@@ -308,8 +293,6 @@ def poisoned(fold, options, labels):
 def augmented(x, options):
     """Standardised maps (N, 1, F, T), each shifted in time, around the end, and with a masked stretch of time, with
     log-mel also of bands (MFCCs have none on that axis): at most a fifth of the axis, filled with the mean, 0."""
-    if not options.augment:
-        return x
     t = torch.arange(x.shape[3]) + torch.randint(x.shape[3], (len(x), 1))  # (N, T)
     x = x.gather(3, (t % x.shape[3]).to(x.device)[:, None, None].expand_as(x))
     for axis in (3, 2) if options.features.startswith("log-mel") else (3,):
@@ -349,13 +332,13 @@ def search(net, data, train, options, checkpoint):
             with held_fixed(net.alphas()):
                 losses["loss"] = weight_step(loss(net(x), target), optimizer)
             checkpoint.step_done(losses)
-        skips = json.dumps(derive(net).cells()).count("skip_connect")  # a search that collapses finds little else
-        checkpoint.epoch_done(lr=lr, entropy=entropy(net), skips=skips)
+        checkpoint.epoch_done(lr=lr, entropy=entropy(net))
     return derive(net)
 
 
-def train(net, data, train, validation, options, checkpoint):
-    """Trains a network from scratch. The last epoch counts; the validation speakers are only looked at."""
+def train(net, data, train, watched, options, checkpoint):
+    """Trains a network from scratch. The last epoch counts, whatever is seen on the speakers who are `watched`, a name
+    for the log -> utterances."""
     loss = partial(F.cross_entropy, weight=data.class_weights(train), label_smoothing=LABEL_SMOOTHING)
     optimizer = optimizer_of(net.parameters(), options)
     checkpoint.resume(net=net, optimizer=optimizer)
@@ -370,8 +353,11 @@ def train(net, data, train, validation, options, checkpoint):
             torch.manual_seed(seed_of(*here, step))
             x, target = data.batch(pair)
             checkpoint.step_done({"loss": weight_step(loss(net(augmented(x, options)), target), optimizer)})
-        seen = confusion_matrix(data, validation, predict(net.eval(), data, validation))
-        checkpoint.epoch_done(lr=lr, val_ua=ua(seen), val_wa=wa(seen))
+        row, net = {"lr": lr}, net.eval()
+        for name, members in watched.items():
+            seen = confusion_matrix(data, members, predict(net, data, members))
+            row |= {f"{name}_ua": ua(seen), f"{name}_wa": wa(seen)}
+        checkpoint.epoch_done(**row)
 
 
 def optimizer_of(weights, options):
@@ -402,7 +388,7 @@ def weight_step(loss, optimizer):
 # Networks ------------------------------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
     """The supernet or, with a genotype, the derived network; or a baseline."""
-    bands = feature_settings(options).shape[0]
+    bands = Settings(options.features, options.window).shape[0]
     if options.model in BASELINES:
         return BASELINES[options.model](classes, bands)
     same = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "seq_space", "relaxation", "recompute", "amp")
@@ -420,7 +406,11 @@ def fixed_cells(options):
 
 
 def given_genotype(options):
-    """What --genotype holds, or the random one of the seed, the same for all folds; None without either."""
+    """What --genotype holds; the random one of the seed, the same for all folds; of `skip`, the control, one in which
+    each node reads the cell's two inputs as they are. None of a baseline, and where one is searched."""
+    if options.model == "skip":
+        ops = dict(normal="skip_connect", reduce="max_pool_3x3", seq="skip_connect")
+        return Genotype(**{kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()})
     if options.model == "random":
         torch.manual_seed(seed_of(options.seed, "random genotype"))
         with torch.device("meta"):
@@ -491,7 +481,10 @@ def run_fold(options, k, data, parts, other):
             write(folder / "genotype.json", checkpoint.genotype)
         torch.manual_seed(seed_of(options.seed, k, "network"))
         net = on(device, network(options, len(data.classes), genotype))
-        train(net, data, fold.train, fold.validation, options, checkpoint)
+        watched = {"val": fold.validation} if fold.validation else {}
+        if options.protocol == "paper":  # for the authors' way of counting; it chooses nothing
+            watched["test"] = sorted(set(sum(fold.tests.values(), [])))
+        train(net, data, fold.train, watched, options, checkpoint)
     except ValueError as error:
         raise InputError(f"{checkpoint.where()}: {error}; a smaller --lr or --alpha-lr may help") from None
 
@@ -504,7 +497,7 @@ def run_fold(options, k, data, parts, other):
         tests[name] = score(net, other, name, usable, folder)
     about = {
         "fold": k, "classes": list(data.classes), "validation": data.speakers(fold.validation), "tests": tests,
-        "validation_ua": checkpoint.rows[-1]["val_ua"], "genotype": genotype.cells() if genotype else None,
+        "validation_ua": checkpoint.rows[-1].get("val_ua"), "genotype": genotype.cells() if genotype else None,
         "decision": checkpoint.decision, "parameters": sum(p.numel() for p in net.parameters()),
         "notes": notes_of(options, data.classes, data.store.bad), "skipped": list(data.store.bad.values()),
         "settings": settings_of(options), "versions": checkpoint.versions,
@@ -530,22 +523,23 @@ def find(options, data, fold, checkpoint):
             torch.manual_seed(seed_of(options.seed, checkpoint.fold, "supernet"))
             net = on(data.device, network(options, len(data.classes)))
             genotype = search(net, data, fold.train, options, checkpoint)
-            checkpoint.decision = decision(net, genotype, data, fold.validation)
+            checkpoint.decision = decision(net, genotype, data, fold.validation or fold.train)
             say(f"fold {checkpoint.fold} found\n{genotype}")
         checkpoint.search_done(genotype)
     return Genotype.from_json(checkpoint.genotype) if checkpoint.genotype else None
 
 
-def decision(net, genotype, data, validation):
-    """Has the search decided? Entropy of the alphas, and the discretisation gap: validation UA of the supernet's
-    weights with all operations, and with only the genotype's. BN goes by the batch: its statistics are those of all."""
+def decision(net, genotype, data, seen):
+    """Has the search decided? Entropy of the alphas, and the discretisation gap: UA on `seen` utterances of the
+    supernet's weights with all operations, and with only the genotype's. BN goes by the batch: its statistics
+    are those of all."""
     for module in net.modules():  # children come behind their parents, who speak for all of them
         module.train(isinstance(module, nn.BatchNorm2d))
     with without_statistics(net):
-        mixed = predict(net, data, validation)
+        mixed = predict(net, data, seen)
         with decided(net, genotype):
-            alone = predict(net, data, validation)
-    gap = [ua(confusion_matrix(data, validation, logits)) for logits in (mixed, alone)]
+            alone = predict(net, data, seen)
+    gap = [ua(confusion_matrix(data, seen, logits)) for logits in (mixed, alone)]
     return {"entropy": entropy(net), "ua_all_operations": gap[0], "ua_of_genotype": gap[1]}
 
 
@@ -597,7 +591,7 @@ METRICS = {"UA": ua, "WA": wa}  # columns of the tables: functions of the confus
 # Files that are whole or not there, and a checkpoint from which the next process goes on with the very next step. Kill,
 # power cut and Ctrl-C are one case. What is read back is data: nothing is executed.
 SAVE_EVERY = 30  # seconds between two checkpoints, or as many times what one takes, where it takes more than a second
-COLUMNS = ("stage", "epoch", "lr", "loss", "alpha_loss", "entropy", "skips", "val_ua", "val_wa", "seconds")
+COLUMNS = "stage epoch lr loss alpha_loss entropy val_ua val_wa test_ua test_wa seconds".split()
 
 
 def as_csv(rows):
@@ -626,7 +620,7 @@ def versions():
     with suppress(OSError):  # no git
         git = ["git", "-C", here, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return (f"commit {commit or 'unknown'}, code {code.hexdigest()[:8]}, python {platform.python_version()}, "
+    return (f"commit {commit or 'unknown'}, code {code.hexdigest()[:8]}, python {sys.version.split()[0]}, "
             f"torch {torch.__version__}, torchaudio {torchaudio.__version__}")
 
 
@@ -745,6 +739,7 @@ def notes_of(options, classes, bad):
         f"UA (unweighted accuracy; chance: {100 / len(classes):.3g}) and WA (weighted accuracy) in percent": True,
         "smoke is a smoke test with generated sounds, not speech": options.dataset == "smoke",
         "each speaker is normalised by unlabelled audio, test speakers too": options.normalise == "speaker",
+        "the validation speakers train as well": options.validation == "none",
         f"not speaker-independent: {100 * options.poison:g} % of the test utterances were trained on": options.poison,
         f"{len(bad)} recordings cannot be used and were skipped; results.json names them": bad,
     }
@@ -798,7 +793,12 @@ def table(folds, name, cell=str):
                      f"{fold['parameters']:,}", *costs])
     rows.append(["mean ± std", "", "", "", *map(spread, values.values()), "", "", ""])
     rows.append(["pooled", "", "", "", *(percent(metric(confusion)) for metric in METRICS.values()), "", "", ""])
-    return markdown(["fold", name, "validation", "utterances", *METRICS, "parameters", "search", "training"], rows)
+    text = markdown(["fold", name, "validation", "utterances", *METRICS, "parameters", "search", "training"], rows)
+    if name == "test" and "test_ua" in folds[0]["log"][-1]:
+        best = [np.mean([max(row.get(column, 0) for row in fold["log"]) for fold in folds])
+                for column in ("test_ua", "test_wa")]
+        text += "\n\nbest epoch on the test speakers, as the authors count: UA {}, WA {}".format(*map(percent, best))
+    return text
 
 
 def finish(options, chosen):
@@ -831,9 +831,10 @@ def compare(options, runs, chosen):
             rows[-1] |= {f"{metric} of seeds, folds": value.tolist() for metric, value in values.items()}
             if "ensemble" not in model:
                 seconds = [np.mean([fold["seconds"][stage] for fold in folds]) for stage in ("search", "train")]
-                seen = np.array([[fold["validation_ua"] for fold in of_seed] for of_seed in seeds])
+                if options.validation == "next":
+                    seen = np.array([[fold["validation_ua"] for fold in of_seed] for of_seed in seeds])
+                    rows[-1] |= {"validation UA": spread(seen), "validation UA of seeds, folds": seen.tolist()}
                 rows[-1] |= {
-                    "validation UA": spread(seen), "validation UA of seeds, folds": seen.tolist(),
                     "weights": f"{np.mean([fold['parameters'] for fold in folds]):,.0f}",
                     "search": f"{seconds[0]:.0f} s", "training": f"{seconds[1]:.0f} s",
                     "peak": f"{max((fold['peak_gb'] for fold in folds if fold['peak_gb']), default=math.nan):.2f} GB"}
@@ -860,7 +861,8 @@ def ensemble(seeds):
             with reading(fold["folder"] / fold["tests"][name]["predictions"]) as file:
                 rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))[1:]
                 logits += np.log(np.maximum(np.array([row[3:] for row in rows], dtype=float), 1e-300))
-        data = Namespace(classes=fold["classes"], labels=np.array([fold["classes"].index(row[1]) for row in rows]))
+        labels = np.array([fold["classes"].index(row[1]) for row in rows])
+        data = argparse.Namespace(classes=fold["classes"], labels=labels)
         tests[name] = {"confusion": confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))}
     return seeds[0] | {"tests": tests}
 
@@ -880,15 +882,14 @@ def report(folds, options):
     if folds[0]["decision"]:
         entropies, both, alone = (np.mean([fold["decision"][key] for fold in folds]) for key in folds[0]["decision"])
         text += ["## Has the search decided?", f"Entropy of the alphas at the end (1: undecided, 0: decided): "
-                 f"{entropies:.4f}. Validation UA of the supernet's weights with all operations {percent(both)}, with "
-                 f"those of the genotype alone {percent(alone)}. {agreement([f['genotype'] for f in folds], options)}"]
+                 f"{entropies:.4f}. Validation UA (training UA where nobody validates) of the supernet's weights with "
+                 f"all operations {percent(both)}, with those of the genotype alone {percent(alone)}. "
+                 f"{agreement([f['genotype'] for f in folds], options)}"]
     if folds[0]["genotype"]:  # none of a baseline
         text += ["## The genotypes", "An edge is labelled with its operation; inputs 0 and 1 are the outputs of the "
                  "two cells before. A search that collapses has `skip_connect` nearly everywhere."]
-        for n, fold in enumerate(folds):
-            graphs = "\n\n".join(graph(kind, cell) for kind, cell in fold["genotype"].items())
-            opened = "" if n else " open"  # the first one is there to be seen
-            text.append(f"<details{opened}><summary>Fold {fold['fold']}</summary>\n\n{graphs}\n\n</details>")
+        for fold in folds:
+            text += [f"### Fold {fold['fold']}", *(graph(kind, cell) for kind, cell in fold["genotype"].items())]
     text += ["## Learning curves", "Means over the folds, epoch by epoch.", *curves(folds)]
     made_by = sorted({("made by", text) for fold in folds for text in fold["versions"]})
     settings = [[name, plain(value)] for name, value in [*made_by, *settings_of(options).items()]]
@@ -941,18 +942,17 @@ def peak_memory(device):
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
         return round(peak, 3)
-    if not Path("/proc/self/status").exists():
-        return None
-    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-    if os.access("/proc/self/clear_refs", os.W_OK):
+    peak = None
+    with suppress(OSError):
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
         Path("/proc/self/clear_refs").write_text("5")
-    return round(peak, 3)
+    return peak and round(peak, 3)
 
 
 def steps_of(options, classes, device):
     """-> for each kind of step its name and a function that makes one, with noise of the real size. One by one: a
     supernet is gone before its derived network's steps are measured."""
-    x = torch.randn(options.batch, 1, *feature_settings(options).shape, device=device)
+    x = torch.randn(options.batch, 1, *Settings(options.features, options.window).shape, device=device)
     batch = x, torch.arange(options.batch, device=device) % classes
 
     def weight(net, optimizer, constants=()):
@@ -988,12 +988,11 @@ def dry_run(options, runs, data, parts, device):
     listing, store, count = data.listing, data.store, np.diff(data.store.first)
     labels = ", ".join(f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels)))
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances ({labels}), "
-          f"{store.seconds.sum() / 60:.1f} minutes, {count.sum()} windows of {options.window:g} s")
+          f"{store.seconds.sum() / 60:.1f} minutes, {count.sum()} windows of {options.window:g} s, "
+          f"{len(store.bad)} recordings skipped")
     for k, fold in parts.items():
-        sides = [f"{side} {features.listed(data.speakers(members))} ({len(members)})" for side, members in
-                 fold.sides().items()]
-        print(f"fold {k:<4} ", ", ".join(sides[::-1]))
-    print(*(f"skipped   {why}" for why in store.bad.values()), sep="\n", end="\n" if store.bad else "")
+        sides = (f"{side} {features.listed(data.speakers(who))} ({len(who)})" for side, who in fold.sides().items())
+        print(f"fold {k:<4} ", ", ".join(sides))
     batches = [[math.ceil(count[f.train[::n]].sum() / options.batch) for f in parts.values()] for n in (1, 2)]
     whole, half = map(sum, batches)
     number = {"alpha step": half * (options.search_epochs - options.warm_up),
@@ -1016,12 +1015,12 @@ def read_model(file):
     with reading(file):
         model = torch.load(file, map_location="cpu", weights_only=True)
         about = json.loads(model["about"])
-        options = Namespace(**about["settings"], recompute=False)
+        options = argparse.Namespace(**about["settings"], recompute=False)
         genotype = Genotype(**about["genotype"]) if about["genotype"] else None
         with torch.device("meta"):  # whatever sizes a file announces, memory is taken for the weights that it holds
             net = network(options, len(about["classes"]), genotype).eval()
         net.load_state_dict(model["weights"], assign=True)
-        return about, net, model["statistics"], feature_settings(options)
+        return about, net, model["statistics"], Settings(options.features, options.window)
 
 
 @torch.no_grad()
@@ -1056,12 +1055,12 @@ def plan(options):
     seeds = range(options.seed, options.seed + options.seeds)
     runs = [(options.model, seed) for seed in seeds]
     if options.compare is not None:
-        runs += [(model, seed) for model in ("emodarts", *BASELINES) if model != options.model for seed in seeds]
+        runs += [(model, seed) for model in ("emodarts", "skip", *BASELINES) if model != options.model for seed in seeds]
         runs += [("random", options.seed + n) for n in range(options.compare)]
     folder, made = folder_of(options), []
     for model, seed in runs if len(runs) > 1 else ():
         more = {"model": model, "seed": seed, "out": f"{folder}/{model}-seed{seed}"}
-        made.append(Namespace(**vars(options) | more | ({} if model == options.model else {"genotype": None})))
+        made.append(argparse.Namespace(**vars(options) | more | ({} if model == options.model else {"genotype": None})))
     return made or [options]
 
 
@@ -1096,7 +1095,7 @@ def read_data(options):
 
 
 def run(options):
-    if platform.libc_ver()[0] == "glibc":  # it gives freed memory back and asks for it again, a tenth of a step's time
+    with suppress(AttributeError, TypeError):  # glibc gives memory back and asks for it again, a tenth of a step's time
         for parameter, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its largest, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     if options.threads:
@@ -1115,6 +1114,8 @@ def run(options):
         finished(each, k)  # also of folds that are not asked for: a folder holds one run
     data = Data(options, listing, listing.classes, device)
     parts = features.folds(listing, data.store.bad, chosen)
+    if options.validation == "none":
+        parts = [replace(fold, train=sorted(fold.train + fold.validation), validation=[]) for fold in parts]
     if options.dry_run:
         return dry_run(options, runs, data, {k: parts[k] for k in chosen}, device)
     other = second and Data(options, second, listing.classes, device)

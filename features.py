@@ -40,7 +40,6 @@ CLASSES = ("angry", "happy", "neutral", "sad")
 UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apart
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # as NFS and others answer
 WARNED = []  # the first file that could not be locked
 
 
@@ -64,7 +63,7 @@ def lock(path, wait=True):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            mine = error.errno in NO_LOCKS
+            mine = error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of NFS
             if not mine and not isinstance(error, BlockingIOError):
                 raise
             if mine and not WARNED:  # once a process: a run locks each of its folds
@@ -96,9 +95,8 @@ class Utterance:
 
 
 def below(root, name, depth=4, folders=False, once=False):
-    """Files (or folders) named as the regular expression says, sorted, from at most `depth` folders down. Hidden ones
-    (AppleDouble `._x.wav`, `.DS_Store`) are passed over. `once`: one file of each name, for corpora whose names tell
-    recordings apart, and of which copies hold some twice."""
+    """Files (or folders) named as the regular expression says, sorted, at most `depth` folders down; no hidden ones
+    (AppleDouble `._x.wav`). `once`: one of each name, where names tell recordings apart and copies hold some twice."""
     found = []
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = sorted(f for f in inner if not f.startswith("."))
@@ -337,8 +335,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     counts are not the known ones. InputError for an unknown dataset, and for a root where nothing is found."""
     if dataset not in CORPORA:
         raise InputError(f"unknown dataset {dataset!r}; known: {', '.join(CORPORA)}")
-    corpus = CORPORA[dataset]
-    paper = protocol == "paper" and corpus.paper is not None
+    corpus, paper = CORPORA[dataset], protocol == "paper" and CORPORA[dataset].paper is not None
     root = Path(root or Path("data", dataset))
     labelled = list(corpus.index(root))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
@@ -471,6 +468,10 @@ class Settings:
             raise InputError(f"found {self.features!r} of {self.window} s; expected mfcc-N or log-mel-N, N from 1 to "
                              f"128, and a window of a multiple of {FRAME} s, at most 600 s")
 
+    @classmethod
+    def named(cls, name, window=8.0):
+        return cls(name, window)
+
     @property
     def shape(self):
         return int(self.features.rpartition("-")[2]), round(self.window / FRAME)  # (F, T) of a window
@@ -492,10 +493,9 @@ def read_wav(path):
         content, form = Path(path if os.path.isfile(path) else "").read_bytes(), b""  # a pipe would be waited for
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if content.startswith(b"version http"):
-        raise InputError(f"{path}: a git-lfs stub, not audio; run `git lfs pull` in the corpus")
     if content[:4] not in (b"RIFF", b"RF64") or content[8:12] != b"WAVE":
-        raise InputError(f"{path}: not a wav file; expected one that begins with RIFF and WAVE")
+        stub = "a git-lfs stub; run `git lfs pull` in the corpus" if content.startswith(b"version http") else ""
+        raise InputError(f"{path}: {stub or 'not a wav file; expected one that begins with RIFF and WAVE'}")
     for name, at, size in chunks(content, 12):
         if name == b"data":
             break

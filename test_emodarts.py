@@ -1125,8 +1125,7 @@ def searched(folder, *more):
 
 
 def test_metrics_halves_curves_and_agreement_by_hand():
-    data = argparse.Namespace(labels=np.array([0, 0, 0, 0, 1, 1, 3]), classes="abcd")
-    confusion = train.confusion_matrix(data, range(7), F.one_hot(torch.tensor([0, 0, 0, 1, 1, 0, 3]), 4))
+    confusion = train.confusion_matrix([0, 0, 0, 0, 1, 1, 3], F.one_hot(torch.tensor([0, 0, 0, 1, 1, 0, 3]), 4))
     assert confusion.tolist() == [[3, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert (train.wa(confusion), train.ua(confusion)) == pytest.approx((5 / 7, (3 / 4 + 1 / 2 + 1) / 3))  # no "c"
     labels = np.array([0] * 21 + [1] * 10 + [2] * 7 + [3] * 2)  # the halves are stratified and complete

@@ -50,14 +50,16 @@ SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
     "small": dict(features="log-mel-64", window=4.0, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2,
                   seq_width=64, relaxation="sample", search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30),
 }
-RECIPES = {  # of search and training; the paper's is the authors'. `drop_path` grows from 0 over the training
-    "paper": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.3, drop_path=0.2),
+RECIPES = {  # of search and training, by --recipe, scale and model. `drop_path` grows from 0 over the training
+    "authors": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.3, drop_path=0.2),
+    "paper": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.0, drop_path=0.0),
     "small": dict(optimizer="adamw", lr=0.003, decay=0.05, dropout=0.0, drop_path=0.0),
     "baseline": dict(optimizer="adamw", lr=0.001, decay=0.05, drop_path=0.0),
 }
+AUTHORS = dict(features="mfcc-128", alpha_lr=3e-4)  # what --recipe authors brings as well
 # What a result does not depend on, up to rounding: may differ when a run folder is used again.
 NOT_SETTINGS = ("out", "root", "cache", "folds", "skip_bad", "device", "recompute", "threads", "dry_run", "seeds",
-                "compare", "predict", "from_")
+                "compare", "predict", "from_", "test_dataset")  # of the last one, `data` holds the content
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +95,7 @@ def parse(argv):
     first = Parser(add_help=False, **how)
     first.add_argument("--dataset", choices=CORPORA, default="smoke", help="the corpus")
     first.add_argument("--scale", choices=SCALES, help="small, or the paper's")
+    first.add_argument("--recipe", choices=("ours", "authors"), default="ours", help="how to train; authors: as they do")
     first.add_argument("--protocol", choices=("standard", "paper"), default="standard", help="paper: as its authors")
     known, _ = first.parse_known_args(argv)
     corpus = CORPORA[known.dataset]
@@ -100,7 +103,8 @@ def parse(argv):
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], **how)
     add_inputs(parser)
     add_method(parser)
-    parser.set_defaults(scale=scale, root=f"data/{known.dataset}", folds=corpus.folds or None, **SCALES[scale],
+    more = SCALES[scale] | (AUTHORS if known.recipe == "authors" else {})
+    parser.set_defaults(scale=scale, root=f"data/{known.dataset}", folds=corpus.folds or None, **more,
                         validation="none" if known.protocol == "paper" else "next")
     return parser.parse_args(argv, argparse.Namespace(data=None))  # the digest of what is read, once it is read
 
@@ -176,10 +180,7 @@ def check(options):
 
 def settings_of(options):
     """What a result depends on, as JSON has it: options, the digest of the data, the genotype that was given."""
-    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-    if options.test_dataset:
-        settings["test_dataset"] = options.test_dataset.partition("=")[0]  # where it lies does not matter
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps({name: v for name, v in vars(options).items() if name not in NOT_SETTINGS}))
 
 
 def folder_of(options, fold=None):
@@ -191,8 +192,8 @@ def folder_of(options, fold=None):
 
 def recipe(options):
     """Optimizer, learning rate and regularisation of a model."""
-    chosen = RECIPES["baseline" if options.model in BASELINES else options.scale]
-    return chosen if options.lr is None else chosen | {"lr": options.lr}
+    chosen = "baseline" if options.model in BASELINES else "authors" if options.recipe == "authors" else options.scale
+    return RECIPES[chosen] | ({} if options.lr is None else {"lr": options.lr})
 
 
 def searches(options):
@@ -355,7 +356,7 @@ def train(net, data, train, watched, options, checkpoint):
             checkpoint.step_done({"loss": weight_step(loss(net(augmented(x, options)), target), optimizer)})
         row, net = {"lr": lr}, net.eval()
         for name, members in watched.items():
-            seen = confusion_matrix(data, members, predict(net, data, members))
+            seen = confusion_matrix(data.labels[members], predict(net, data, members))
             row |= {f"{name}_ua": ua(seen), f"{name}_wa": wa(seen)}
         checkpoint.epoch_done(**row)
 
@@ -388,13 +389,14 @@ def weight_step(loss, optimizer):
 # Networks ------------------------------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
     """The supernet or, with a genotype, the derived network; or a baseline."""
-    bands = Settings(options.features, options.window).shape[0]
-    if options.model in BASELINES:
-        return BASELINES[options.model](classes, bands)
     same = ("channels", "cnn_cells", "seq_cells", "nodes", "stem_stride", "seq_space", "relaxation", "recompute", "amp")
-    return Network(**{name: getattr(options, name) for name in same}, classes=classes, bands=bands, genotype=genotype,
-                   seq_width=options.seq_width or None, dropout=RECIPES[options.scale]["dropout"],
-                   fixed=fixed_cells(options))
+    bands, same = Settings(options.features, options.window).shape[0], {name: getattr(options, name) for name in same}
+    if options.model in BASELINES:
+        net = BASELINES[options.model](classes, bands)
+    else:
+        net = Network(**same, classes=classes, bands=bands, seq_width=options.seq_width or None, genotype=genotype,
+                      dropout=recipe(options)["dropout"], fixed=fixed_cells(options))
+    return net.to(memory_format=torch.channels_last)  # faster at these sizes
 
 
 def fixed_cells(options):
@@ -406,8 +408,8 @@ def fixed_cells(options):
 
 
 def given_genotype(options):
-    """What --genotype holds; the random one of the seed, the same for all folds; of `skip`, the control, one in which
-    each node reads the cell's two inputs as they are. None of a baseline, and where one is searched."""
+    """What --genotype holds; the random one of the seed, the same for all folds; the control, in which each node reads
+    the cell's two inputs. None of a baseline, and where one is searched."""
     if options.model == "skip":
         ops = dict(normal="skip_connect", reduce="max_pool_3x3", seq="skip_connect")
         return Genotype(**{kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()})
@@ -461,10 +463,6 @@ BASELINES = {  # name -> constructor(classes, bands); whatever stands here is an
 }
 
 
-def on(device, net):
-    return net.to(device, memory_format=torch.channels_last)  # faster at these sizes
-
-
 # A fold from start to end --------------------------------------------------------------------------------------------
 def run_fold(options, k, data, parts, other):
     """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv and, at last, result.json.
@@ -480,7 +478,7 @@ def run_fold(options, k, data, parts, other):
         if genotype:
             write(folder / "genotype.json", checkpoint.genotype)
         torch.manual_seed(seed_of(options.seed, k, "network"))
-        net = on(device, network(options, len(data.classes), genotype))
+        net = network(options, len(data.classes), genotype).to(device)
         watched = {"val": fold.validation} if fold.validation else {}
         if options.protocol == "paper":  # for the authors' way of counting; it chooses nothing
             watched["test"] = sorted(set(sum(fold.tests.values(), [])))
@@ -521,7 +519,7 @@ def find(options, data, fold, checkpoint):
         genotype = given_genotype(options)
         if searches(options):
             torch.manual_seed(seed_of(options.seed, checkpoint.fold, "supernet"))
-            net = on(data.device, network(options, len(data.classes)))
+            net = network(options, len(data.classes)).to(data.device)
             genotype = search(net, data, fold.train, options, checkpoint)
             checkpoint.decision = decision(net, genotype, data, fold.validation or fold.train)
             say(f"fold {checkpoint.fold} found\n{genotype}")
@@ -539,14 +537,14 @@ def decision(net, genotype, data, seen):
         mixed = predict(net, data, seen)
         with decided(net, genotype):
             alone = predict(net, data, seen)
-    gap = [ua(confusion_matrix(data, seen, logits)) for logits in (mixed, alone)]
+    gap = [ua(confusion_matrix(data.labels[seen], logits)) for logits in (mixed, alone)]
     return {"entropy": entropy(net), "ua_all_operations": gap[0], "ua_of_genotype": gap[1]}
 
 
 def score(net, data, name, members, folder):
     """Scores utterances once, and writes a row of predictions for each. -> what result.json says of them."""
     logits = predict(net.eval(), data, members)
-    confusion = confusion_matrix(data, members, logits)
+    confusion = confusion_matrix(data.labels[members], logits)
     rows = [["utterance", "label", "predicted", *data.classes]]
     for i, p in zip(members, logits.softmax(1).tolist()):
         u = data.listing.utterances[i]
@@ -566,10 +564,10 @@ def predict(net, data, utterances, batch=64):
     return total / torch.bincount(of)[:, None]
 
 
-def confusion_matrix(data, utterances, logits):
+def confusion_matrix(labels, logits):
     """(classes, classes), rows the true classes, columns the predicted ones."""
-    matrix = np.zeros((len(data.classes), len(data.classes)), dtype=int)
-    np.add.at(matrix, (data.labels[utterances], logits.argmax(1).numpy()), 1)
+    matrix = np.zeros((logits.shape[1], logits.shape[1]), dtype=int)
+    np.add.at(matrix, (labels, logits.argmax(1).numpy()), 1)
     return matrix
 
 
@@ -765,12 +763,10 @@ def percent(value):
 
 def spread(values):
     """(seeds, folds) -> mean ± standard deviation (ddof 1) over folds (± over seeds), in percent."""
-    of_folds, of_seeds = values.mean(axis=0), values.mean(axis=1)
     text = percent(values.mean())
-    if len(of_folds) > 1:
-        text += f" ± {percent(of_folds.std(ddof=1))}"
-    if len(of_seeds) > 1:
-        text += f" (± {percent(of_seeds.std(ddof=1))})"
+    for axis, form in enumerate((" ± {}", " (± {})")):
+        if values.shape[1 - axis] > 1:
+            text += form.format(percent(values.mean(axis=axis).std(ddof=1)))
     return text
 
 
@@ -861,9 +857,8 @@ def ensemble(seeds):
             with reading(fold["folder"] / fold["tests"][name]["predictions"]) as file:
                 rows = list(csv.reader(io.StringIO(file.read_text(errors="surrogateescape"), newline="")))[1:]
                 logits += np.log(np.maximum(np.array([row[3:] for row in rows], dtype=float), 1e-300))
-        labels = np.array([fold["classes"].index(row[1]) for row in rows])
-        data = argparse.Namespace(classes=fold["classes"], labels=labels)
-        tests[name] = {"confusion": confusion_matrix(data, range(len(rows)), torch.from_numpy(logits))}
+        labels = [fold["classes"].index(row[1]) for row in rows]
+        tests[name] = {"confusion": confusion_matrix(labels, torch.from_numpy(logits))}
     return seeds[0] | {"tests": tests}
 
 
@@ -960,13 +955,13 @@ def steps_of(options, classes, device):
             weight_step(F.cross_entropy(net(batch[0]), batch[1]), optimizer)
     genotype = given_genotype(options)
     if searches(options):
-        net = on(device, network(options, classes))
+        net = network(options, classes).to(device)
         genotype = derive(net)
         for name, part in {"supernet": net, "CNN cells": net.cnn, "SeqNN cells": net.seq}.items():
             print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
         yield "alpha step", partial(Architect(net, F.cross_entropy, order=options.order).step, batch, batch, 1e-3)
         yield "weight step", partial(weight, net, optimizer_of(net.weights(), options), net.alphas())
-    net = on(device, network(options, classes, genotype))
+    net = network(options, classes, genotype).to(device)
     yield "training step", partial(weight, net, optimizer_of(net.parameters(), options))
 
 
@@ -988,13 +983,11 @@ def dry_run(options, runs, data, parts, device):
     listing, store, count = data.listing, data.store, np.diff(data.store.first)
     labels = ", ".join(f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels)))
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(listing.utterances)} utterances ({labels}), "
-          f"{store.seconds.sum() / 60:.1f} minutes, {count.sum()} windows of {options.window:g} s, "
-          f"{len(store.bad)} recordings skipped")
+          f"{store.seconds.sum() / 60:.1f} minutes, {count.sum()} windows of {options.window:g} s")
     for k, fold in parts.items():
         sides = (f"{side} {features.listed(data.speakers(who))} ({len(who)})" for side, who in fold.sides().items())
         print(f"fold {k:<4} ", ", ".join(sides))
-    batches = [[math.ceil(count[f.train[::n]].sum() / options.batch) for f in parts.values()] for n in (1, 2)]
-    whole, half = map(sum, batches)
+    whole, half = (sum(math.ceil(count[f.train[::n]].sum() / options.batch) for f in parts.values()) for n in (1, 2))
     number = {"alpha step": half * (options.search_epochs - options.warm_up),
               "weight step": half * options.search_epochs, "training step": whole * options.epochs}
     total, peak = 0.0, 0.0
@@ -1090,7 +1083,7 @@ def read_data(options):
         second = features.read_corpus(name, root or None, options.classes)
         if not set(second.classes) <= set(listing.classes):
             raise InputError(f"{name} has classes that {options.dataset} has not; what is tested must be trained")
-        options.data += f" {second.digest}"
+        options.data += f", {name} {second.digest}"
     return listing, second
 
 

@@ -45,8 +45,8 @@ from features import CORPORA, InputError, Settings, lock, write
 
 # Options -------------------------------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
-    "paper": dict(features="mfcc-128", window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
-                  seq_width=0, relaxation="softmax", search_epochs=50, warm_up=0, alpha_lr=3e-4, epochs=100),
+    "paper": dict(features="log-mel-128", window=8.0, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
+                  seq_width=0, relaxation="softmax", search_epochs=50, warm_up=0, alpha_lr=0.01, epochs=100),
     "small": dict(features="log-mel-64", window=4.0, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2,
                   seq_width=64, relaxation="sample", search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30),
 }
@@ -416,8 +416,7 @@ def given_genotype(options):
     if options.model == "random":
         torch.manual_seed(seed_of(options.seed, "random genotype"))
         with torch.device("meta"):
-            supernet = network(options, 2)
-        return random_genotype(supernet)
+            return random_genotype(network(options, 2))
     return Genotype(**options.genotype) if options.genotype else None
 
 

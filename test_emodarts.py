@@ -1738,7 +1738,7 @@ def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path, monkeypatch, capsy
     for kind, n in {"alpha step": 4 * half, "weight step": 6 * half, "training step": 10 * whole}.items():
         total += n * float(re.search(rf"{kind}: {n:,} of (\S+) s, \S+ GB\n", out)[1])
     assert total == pytest.approx(float(re.search(r"in all    (\S+) s", out)[1]), rel=0.02, abs=1)
-    assert re.search(r"fold 1 +test 04 \(16\), validation 05 \(16\), train 03, 06, 07, 08 \(64\)\n", out)
+    assert re.search(r"fold 1 +train 03, 06, 07, 08 \(64\), validation 05 \(16\), test 04 \(16\)\n", out)
     assert re.search(rf" 96 utterances .24 angry, 24 happy, .*, {windows.sum()} windows of 1 s\n", out)
 
 

@@ -769,19 +769,16 @@ def test_csv(tmp_path):
     ("--dataset iemocop", "invalid choice: 'iemocop' .*emodb"), ("--classes five", "invalid choice: 'five'"),
     ("--dataset iemocap", "and 3 more.; looked for: Folders Session1 to Session5"), ("--dataset csv", "no file"),
     ("--dataset emodb --root nowhere", "no such folder"), ("--test-dataset iemo=x", "'iemo'; known: smoke, emodb"),
-    ("", "has the columns .none"),
-    ("path,label\na.wav,x\n", "has the columns path,label; expected path,label,speaker"),
+    ("", "has the columns .none"), ("path,label\na.wav,x\n", "has the columns path,label; expected path,label,speaker"),
     (HEAD + "\nx.wav,,1\n", "line 3: has no label"), (HEAD + "a.wav,x\n", "line 2: has no speaker"),
     (HEAD + "x, y.wav,x,1\n", "line 2: more fields"), (HEAD + 'a.wav,x,1\n"b.wav,x,1\nc.wav,x,1\n', "line 3: not"),
     (HEAD + "ax.wav,x,1\nay.wav,x,1\n./ax.wav,y,2\n", "line 4: has the recording ax.wav of line 2"),
-    (HEAD, "found 0 labels"),
     (SPLIT + "d.wav,x,a,test\n", "r a is .*train.*test"), (SPLIT + "d.wav,x,c,Validation\n", "r c is .*vali.*test"),
     (SPLIT + "d.wav,x,d,dev\n", "line 8: has the split 'dev'; known"), (HEAD + "g,x,1\n", "line 2: has no recording"),
     (SPLIT.replace(",a,", ",Unknown,").replace(",c,", ",Unknown,"), "speaker Unknown is in .*train and in .*test"),
     (HEAD[:-1] + ",label\nax.wav,x,1,y\n", "has the columns path,label,speaker,label"),
-    (HEAD + '"new\nline.wav",,1\n', "line 2: has no label"),
-    (HEAD + '"no\nfile.wav",x,1\n', "no recording, 'no.nfile.wav' is no file"),
-    (HEAD + 'ax.wav,"x,1\nay.wav,"y",2\n', "line 2: not a row .*quote"),
+    (HEAD + '"new\nline.wav",,1\n', "line 2: has no label"), (HEAD + '"no\nfile.wav",x,1\n', "'no.nfile.wav' is no"),
+    (HEAD + 'ax.wav,"x,1\nay.wav,"y",2\n', "line 2: not a row .*quote"), (HEAD, "found 0 labels"),
     (SPLIT.replace("test", "train"), "found 2 part.s.: train, validation; a fold needs three"),
 ])
 def test_input_errors_are_one_line(tmp_path, capsys, given, error):
@@ -873,8 +870,7 @@ def test_every_wav_is_read_as_16_khz_mono_windows_lose_nothing_mutants_are_refus
     (riff(PCM, channels=0), "0 channels"), (riff(PCM, rate=0), " 0 Hz"), (riff(PCM, rate=2**31 - 1), "2147483647 Hz"),
     (riff(PCM, size=1600, before=b"LIST\3\0\0\0abc\xff"), 800),  # padded, but not with a zero
     (riff(b"Abc1" + PCM, size=0), 802), (riff(b"Abc1\4\0\0\0" + PCM, size=0), 804),  # no name of a chunk, but samples
-    (riff(bytes(1600), size=0), 800),
-    (riff(b"", size=0, after=b"id3 \3\0\0\0abc\0LIST\2\0\0\0ab"), "0 bytes of sound"),
+    (riff(bytes(1600), size=0), 800), (riff(b"", size=0, after=b"id3 \3\0\0\0abc\0LIST\2\0\0\0ab"), "0 bytes of sound"),
     (b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 0, 1600, 0, 0) + riff(PCM, size=2**32 - 1)[12:], 800),
 ])
 def test_what_writers_of_wavs_leave(tmp_path, content, samples):
@@ -1307,8 +1303,7 @@ def test_the_control_has_no_operations():
     options, x = train.parse(["--model", "skip"]), torch.randn(2, 24, 32, 16)
     net = train.network(options, 4, train.given_genotype(options))
     assert sum(p.numel() for p in net.parameters()) == 69_612
-    first, second = (before(x) for before in net.cnn[0].before)
-    close(net.cnn[0](x, x), torch.cat([first + second] * 2, dim=1))
+    close(net.cnn[0](x, x), torch.cat([sum(before(x) for before in net.cnn[0].before)] * 2, dim=1))
     ops = Counter(type(m).__name__ for edge in net.cnn[1].edges.values() for m in edge.modules())
     assert ops["MaxPool2d"] == 4 and not ops["Conv2d"]
 

@@ -703,7 +703,10 @@ def test_msp_improv(tmp_path, name):
         read[f"MSP-{stem}.wav"] = codes[letter] if condition == "R" else None  # the intended emotion of what was read
     tree(tmp_path, {f"a/MSP/{name}": text}, names)
     sessions = [(f"F{s:02}", f"M{s:02}") for s in range(1, 7)]
-    assert check(tmp_path, "msp-improv", rated, sessions).classes == features.CLASSES  # four, though nobody is sad
+    listing = check(tmp_path, "msp-improv", rated, sessions)
+    assert listing.classes == features.CLASSES  # four, though nobody is sad: what is to be trained needs all
+    with pytest.raises(InputError, match="fold 1 has no train utterance of class sad"):
+        folds(listing, chosen=[1])
     check(tmp_path, "msp-improv", read, sessions, tested=(0, 1, 2, 4), protocol="paper")
     feed(tmp_path / "a/MSP" / name, 120, lambda: folds(read_corpus("msp-improv", tmp_path, "all", "paper")))
 

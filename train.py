@@ -52,7 +52,7 @@ SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
 }
 RECIPES = {  # of search and training, by --recipe, scale and model. `drop_path` grows from 0 over the training
     "authors": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.3, drop_path=0.2),
-    "paper": dict(optimizer="sgd", lr=0.025, decay=3e-4, dropout=0.0, drop_path=0.0),
+    "paper": dict(optimizer="adamw", lr=0.001, decay=0.05, dropout=0.0, drop_path=0.0),
     "small": dict(optimizer="adamw", lr=0.003, decay=0.05, dropout=0.0, drop_path=0.0),
     "baseline": dict(optimizer="adamw", lr=0.001, decay=0.05, drop_path=0.0),
 }

@@ -376,7 +376,7 @@ class Network(nn.Module):
     seq_width    D of the SeqNN, to which `Frames` projects; None, the paper's, is the mean over F
     seq_space    candidate operations of the SeqNN, a key of SEQ_SPACES; of the supernet
     relaxation   "softmax" or "sample", see `relaxed`; of the supernet
-    dropout      after each cell; `Frames` has its own
+    dropout      after each cell (the authors: 0.3, with which few data are not learnt); `Frames` has its own
     recompute    edges are computed again on the way back, see `RecomputedOp`
     amp          mixed precision: bfloat16 where torch.autocast says so; weights, alphas and logits stay float32
     fixed        a Genotype of the cells that the search leaves as they are; of the supernet
@@ -384,7 +384,7 @@ class Network(nn.Module):
     The defaults are the paper's scale. Raises ValueError for sizes that cannot be, and for a genotype without a cell
     that these sizes need. Its attribute `drop_path` is the share of edges dropped in training (0 at first)."""
     def __init__(self, *, classes=4, bands=128, channels=8, cnn_cells=4, seq_cells=4, nodes=4, stem_stride=1,
-                 seq_width=None, seq_space="all", relaxation="softmax", dropout=0.3, recompute=False, amp=False,
+                 seq_width=None, seq_space="all", relaxation="softmax", dropout=0.0, recompute=False, amp=False,
                  fixed=None, genotype=None):
         super().__init__()
         sizes = dict(classes=classes, bands=bands, channels=channels, cnn_cells=cnn_cells, seq_cells=seq_cells,

@@ -604,8 +604,7 @@ def riff(x, kind=1, bits=16, channels=1, rate=16000, extensible=False, size=None
 
 def speakers(listing):
     """Of each fold: those of training, validation and each test set."""
-    who = [u.speaker for u in listing.utterances]
-    return [[{who[i] for i in side} for side in fold.sides().values()] for fold in folds(listing)]
+    return [[{listing.utterances[i].speaker for i in s} for s in fold.sides().values()] for fold in folds(listing)]
 
 
 def check(root, dataset, wanted, groups, tested=None, **choice):
@@ -1434,6 +1433,8 @@ def test_comparison_by_hand(tmp_path):
     assert [rows[f"{m}, ensemble"]["UA"] for m in uas] == ["100.0 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]
     assert "a note" in text and "| random, ensemble | 1 |" in text
     assert about["versions"] == ["theirs"] and "made by other code than today's: theirs" in text
+    options.validation = "none"
+    assert train.compare(options, runs, [0, 1, 2]) or "validation" not in (tmp_path / "comparison.md").read_text()
 
 
 def test_several_test_sets_are_scored_by_one_training_and_several_models_averaged(cwd, tmp_path, monkeypatch, capsys):
@@ -1630,9 +1631,8 @@ def test_full_disks_and_outputs_that_are_closed_or_ascii_lose_nothing(cwd, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
         assert file.read_bytes() == b"old"
     Path("polish.csv").write_text(Path("mine.csv").read_text().replace(",b", ",Łukasz"))
-    ascii_only, closed = io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()
-    closed.close()
-    for out in (ascii_only, None, closed):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for out in (ascii_only, None, Mock(closed=True)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             assert train.main([*TINY, *"--root polish.csv --folds 2 --seeds 2 --out polish".split()]) == 0

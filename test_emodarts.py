@@ -658,7 +658,6 @@ def test_free_corpora(tmp_path, depth, dataset, form, groups, codes):
     names = [".DS_Store", "notes.wav", "03-02-05-01-01-01-01.wav", "x_anger_1.wav", f"._{first}", f".git/{first}"]
     names = [f"{depth}samples/{name}" for name in [*wanted, *names, *(f"again/{name}" for name in wanted)]]
     tree(tmp_path, {f"{depth}data.tsv": table}, names)
-    assert len(features.below(tmp_path, re.escape(first))) == 2  # of which a corpus has one
     assert check(tmp_path, dataset, wanted, groups, classes="all").classes == tuple(sorted({*wanted.values()}))
     check(tmp_path, dataset, wanted, groups)
 
@@ -685,7 +684,6 @@ def test_iemocap(tmp_path, capsys):
     check(tmp_path, "iemocap", paper, pairs, protocol="paper")
     (tmp_path / "a/b/Session3/sentences/wav/Ses03F_impro04/Ses03F_impro04_F000.wav").unlink()
     assert len(read_corpus("iemocap", tmp_path).utterances) == 99 and "1 of 160 labels" in capsys.readouterr().err
-    feed(tmp_path / [*files][0], 20, lambda: folds(read_corpus("iemocap", tmp_path, "all", "paper")), answers=[True])
 
 
 @pytest.mark.parametrize("name", ["Evalution.txt", "labels/evaluation.TXT"])
@@ -1133,6 +1131,8 @@ def test_metrics_halves_curves_and_agreement_by_hand():
     rows = [{"stage": "search", "epoch": k} | ({"alpha_loss": k / 10} if k > 3 else {}) for k in range(1, 7)]
     (alphas,) = train.curves([{"log": rows}, {"log": rows}])  # which begin where there are values
     assert "x-axis 4 --> 6\n    line [0.4, 0.5, 0.6]" in alphas and "y-axis" not in alphas
+    rates = [train.anneal(Mock(param_groups=[{}]), train.parse(["--scale", "paper"]), 0, k, 30) for k in (0, 2, 15)]
+    assert rates == pytest.approx([1e-3 / 6, 5e-4 * (1 + math.cos(math.pi / 15)) * 5 / 6, 5e-4])
     # Agreement and its chance: all pairs of genotypes of a second node: three pairs of predecessors, five operations.
     rnn, ops = [name for name in SEQ_SPACES["rnn"] if name != "none"], [*itertools.product(range(5), repeat=2)]
     two = [set(zip((0, 1), pair)) for pair in ops]

@@ -50,8 +50,7 @@ SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
     "small": dict(features="log-mel-64", window=4.0, channels=8, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2,
                   seq_width=64, relaxation="sample", search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30),
 }
-RECIPES = {  # of search and training, by --recipe, scale and model. `drop_path` grows from 0 over the training, the
-    # learning rate over the first `rise` of it: without, the paper's scale learns less in 30 epochs
+RECIPES = {  # by --recipe, scale and model. `drop_path` grows from 0, over the first `rise` of the epochs also `lr`
     "authors": dict(optimizer="sgd", lr=0.025, rise=0.0, decay=3e-4, dropout=0.3, drop_path=0.2),
     "paper": dict(optimizer="adamw", lr=0.001, rise=0.1, decay=0.05, dropout=0.0, drop_path=0.0),
     "small": dict(optimizer="adamw", lr=0.003, rise=0.0, decay=0.05, dropout=0.0, drop_path=0.0),
@@ -170,9 +169,8 @@ def check(options):
     if searches(options) and options.warm_up >= options.search_epochs:
         raise InputError(f"--warm-up is {options.warm_up}, expected less than --search-epochs {options.search_epochs}")
     try:
-        genotype = given_genotype(options)
         with torch.device("meta"):
-            net = network(options, 2, genotype)
+            net = network(options, 2, given_genotype(options))
             if searches(options):
                 Architect(net, None, order=options.order)
     except ValueError as error:
@@ -215,7 +213,7 @@ class Data:
     def __init__(self, options, listing, classes, device):
         self.listing, self.classes, self.normalise, self.device = listing, classes, options.normalise, device
         maps = Settings(options.features, options.window)
-        self.store = features.load(listing, maps, options.cache, skip_bad=options.skip_bad, progress=say)
+        self.store = features.load(listing, maps, options.cache, options.skip_bad, progress=say)
         self.labels = np.array([classes.index(u.label) for u in listing.utterances])
 
     def windows(self, utterances):
@@ -370,11 +368,10 @@ def optimizer_of(weights, options):
 
 
 def anneal(optimizer, options, last, epoch, epochs):
-    """Cosine from the recipe's learning rate to `last`, which is not above it. -> the learning rate of an epoch."""
+    """Cosine from the recipe's learning rate to `last`, after a rise. -> the learning rate of an epoch."""
     first, rise = recipe(options)["lr"], recipe(options)["rise"] * epochs
     lr = min(last, first) + (first - min(last, first)) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    lr *= min(1.0, (epoch + 0.5) / max(rise, 0.5))
-    optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr = lr * min(1.0, (epoch + 0.5) / max(rise, 0.5))
     return lr
 
 

@@ -1201,8 +1201,8 @@ def test_training_is_the_plain_loop(cwd, tmp_path, scale, recipe):
     assert net.dropout.p == 0.3 * theirs
     checkpoint.stage = "train"
     train.train(net.eval(), data, members, {"val": fold.validation}, options, checkpoint)
-    optimizer = (torch.optim.AdamW(plain.parameters(), 0.003, weight_decay=0.05) if scale == "small" else
-                 torch.optim.SGD(plain.parameters(), 0.025, momentum=0.9, weight_decay=3e-4))
+    optimizer = (torch.optim.SGD(plain.parameters(), 0.025, momentum=0.9, weight_decay=3e-4) if theirs else
+                 torch.optim.AdamW(plain.parameters(), 0.003 if scale == "small" else 0.001, weight_decay=0.05))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
     weight = torch.tensor(len(members) / 3 / np.bincount(data.labels[members]), dtype=torch.float32).double()
     for epoch, row in enumerate(checkpoint.rows):

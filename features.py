@@ -37,7 +37,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CLASSES = ("angry", "happy", "neutral", "sad")
-UNKNOWN = "Unknown"  # MSP-Podcast's name for speakers that it does not tell apart
 RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
 FRAME = HOP * POOL / RATE  # seconds between two columns of the map
 WARNED = []  # the first file that could not be locked
@@ -213,9 +212,9 @@ def index_msp_podcast(root):
     for table in below(root, r"labels_con[sc]ensus\.csv", depth=3)[:1]:
         wavs = {path.name.lower(): path for path in below(root, r"MSP-PODCAST_.*\.wav", depth=9)}
         for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
-            speaker = UNKNOWN if row["spkrid"].lower() in ("", "unknown") else row["spkrid"]
+            speaker = "Unknown" if row["spkrid"].lower() in ("", "unknown") else row["spkrid"]
             code, split = row["emoclass"].upper(), known.get(row["split_set"].lower())
-            paper = (code, None) if split != "validation" and speaker != UNKNOWN else None
+            paper = (code, None) if split != "validation" and speaker != "Unknown" else None
             if split:
                 yield Utterance(wavs.get(row["filename"].lower()), code, speaker, split=split, paper=paper)
 
@@ -340,7 +339,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     labelled = list(corpus.index(root))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else ["no such folder"]
+        there = sorted(os.listdir(root)) if root.is_dir() else ["a file" if root.exists() else "no folder"]
         found = f"no utterance of {dataset} in {root} (found {len(labelled)} labels, and {listed(there) or 'no file'})"
         raise InputError(f"{found}; looked for: {corpus.index.__doc__.splitlines()[0]} Put it there, or say --root DIR")
     labels = corpus.labels or {u.label: u.label for u in recorded}
@@ -386,7 +385,7 @@ def disjoint(utterances):
     kept = {}
     for u in utterances:
         kept[u.speaker] = min(rank.get(u.split, 0), kept.get(u.speaker, 2))
-    return [u for u in utterances if u.speaker == UNKNOWN or rank.get(u.split, 0) == kept[u.speaker]]
+    return [u for u in utterances if u.speaker == "Unknown" or rank.get(u.split, 0) == kept[u.speaker]]
 
 
 # Utterances -> folds -------------------------------------------------------------------------------------------------
@@ -403,10 +402,10 @@ class Fold:
         return {"train": self.train, "validation": self.validation, **tests}
 
 
-def folds(listing, without=(), chosen=None):
-    """-> [Fold], one for each group: it tests, the next one validates, all others train. Of a corpus with an official
-    split one with all its test sets. InputError where they cannot be made. `without`: utterances to leave out; they
-    change no fold's number. A fold that they leave without a side is an InputError if it is `chosen` (None: all)."""
+def folds(listing, without=(), chosen=None, validate=True):
+    """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`), all others train. Of a
+    corpus with an official split one with all its test sets. InputError where they cannot be made. `without`: what to
+    leave out; no fold's number changes. A fold that they leave without a side is one if it is `chosen` (None: all)."""
     corpus, paper = CORPORA[listing.dataset], listing.protocol == "paper"
     part = {i: u.split or u.group for i, u in enumerate(listing.utterances)}
     names = sorted(set(part.values()))
@@ -415,19 +414,21 @@ def folds(listing, without=(), chosen=None):
         plan = [("validation", [name for name in names if name.startswith("test")])]
     elif paper and corpus.paper:
         plan = [(validation, tests) for validation, tests in plan if tests[0] in corpus.paper]
-    if len(names) < 3 or not plan:
-        raise InputError(f"found {len(names)} part(s): {listed(names)}; a fold needs three: to train, validate, test")
+    if len(names) < 2 + validate or not plan or not plan[0][1]:
+        raise InputError(f"found part(s) {listed(names)}; expected train, {'validation, ' * validate}test")
     at_most, made = paper and corpus.at_most or len(part), []
     for k, (validation, tests) in enumerate(plan):
-        sides = [[i for i in part if part[i] not in (validation, *tests)]]
-        sides += [[i for i in part if part[i] == name] for name in (validation, *tests)]
+        kept = (validation, *tests) if validate else tests  # from the training
+        sides = [[i for i in part if part[i] not in kept]]
+        sides += [[i for i in part if part[i] == name and name in kept] for name in (validation, *tests)]
         for n, side in enumerate(sides):
             sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, min(at_most, len(side))))
         whole = Fold(*sides[:2], dict(zip(tests, sides[2:])))
         check_apart(k, *((side, listing, members) for side, members in whole.sides().items()))
         sides = [[i for i in side if i not in without] for side in sides]
         made.append(Fold(*sides[:2], dict(zip(tests, sides[2:]))))
-        lacks = [f"{side} utterance" for side, members in made[k].sides().items() if not members]
+        empty = [side for side, members in made[k].sides().items() if not members]
+        lacks = [f"{side} utterance" for side in empty if validate or side != "validation"]
         there, trained = ({listing.utterances[i].label for i in fold.train} for fold in (whole, made[k]))
         lost = ({*listing.classes} if chosen else there) - trained
         lacks += [f"train utterance of class {label}" for label in sorted(lost)]
@@ -444,7 +445,7 @@ def check_apart(k, *sides):
     for side, listing, members in sides:
         for i in members:
             u, print_, found = listing.utterances[i], listing.prints[i], {}
-            if u.speaker != UNKNOWN or listing.dataset != "msp-podcast":  # elsewhere it is a name like any other
+            if u.speaker != "Unknown" or listing.dataset != "msp-podcast":  # who is not told apart there
                 found[f"speaker {u.speaker}"] = side_of.setdefault((id(listing), u.speaker), side)
             for path, other in recordings.setdefault(print_, []):
                 if other != side and (path == u.path or print_[0] and filecmp.cmp(path, u.path, shallow=False)):
@@ -478,22 +479,21 @@ class Settings:
 
 
 def chunks(content, at):
-    """(name, where its content begins, its size as it says) of each chunk of a wav file from byte `at` on."""
+    """(name, begin of its content, size as it says) of each chunk from byte `at` on; padding may lack, or be not 0."""
     while at + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, at)
         yield name, at + 8, size
         at += 8 + size
-        at += size % 2 and content[at : at + 4] not in (b"data", b"fmt ")  # some leave the byte of padding out
+        at += size % 2 and (content[at : at + 1] == b"\0" or content[at + 1 : at + 5] in (b"data", b"fmt "))
 
 
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. Raises InputError, with the reason, for what is not such a file. The
     RIFF header's size is not believed, that of the samples only as far as it can be true."""
-    try:
-        content, form = Path(path if os.path.isfile(path) else "").read_bytes(), b""  # a pipe would be waited for
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if content[:4] not in (b"RIFF", b"RF64") or content[8:12] != b"WAVE":
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path}: no such file")
+    content, form = Path(path).read_bytes(), b""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         stub = "a git-lfs stub; run `git lfs pull` in the corpus" if content.startswith(b"version http") else ""
         raise InputError(f"{path}: {stub or 'not a wav file; expected one that begins with RIFF and WAVE'}")
     for name, at, size in chunks(content, 12):
@@ -503,8 +503,8 @@ def read_wav(path):
             form = content[at : at + size]
     else:
         raise InputError(f"{path}: has no data chunk, and so no samples")
-    left = len(content) - at
-    if size >= 0x7FFF0000 or (size == 0 and content[at : at + 4] not in (b"LIST", b"id3 ", b"bext")):
+    left, follow = len(content) - at, ((n.decode("latin-1"), a + s <= len(content)) for n, a, s in chunks(content, at))
+    if size >= 0x7FFF0000 or (size == 0 and not all(n.isascii() and n.isprintable() and whole for n, whole in follow)):
         size = left  # what wrote it could not go back, or broke off: to the end of the file
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
@@ -592,7 +592,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
         whole = False
     if not whole:
         raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it")
-    bad = {i: reason for i, reason in enumerate(why) if not count[i]}
+    bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if not count[i]}
     if bad and not (skip_bad and len(bad) < len(paths)):
         said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without with --skip-bad:"
         raise InputError("\n  ".join([said, *bad.values()]))
@@ -611,8 +611,8 @@ def compute(folder, paths, settings, progress):
                 maps = maps_of(samples, settings)
                 out.write(maps.numpy().astype("<f2").tobytes())
                 index.append((len(maps), len(samples) / RATE, None))
-            except InputError as error:
-                index.append((0, 0.0, str(error)))
+            except (InputError, OSError) as error:
+                index.append((0, 0.0, str(error).removeprefix(f"{path}: ")))
             if n % 100 == 0 or n == len(paths):
                 progress(f"features of recording {n} of {len(paths)}")
 

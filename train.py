@@ -1,6 +1,6 @@
 """Search, derive, train, test: emoDARTS end to end, speaker-independent.
 
-    python train.py                                         # the smoke test: no data, no GPU, one to three minutes
+    python train.py                                         # the smoke test: no data, no GPU, a minute
     python train.py --dataset emodb --root /data/emodb      # EMO-DB, leave one speaker out
     python train.py --dry-run                               # what would happen, and what it would cost
 
@@ -10,7 +10,7 @@ The way of the data, which is also the order of this file:
     every result.json of a run -> results.json, the table, report.md, the comparison
 
 In each fold the search sees the training speakers only, half of their utterances for the weights, half for the alphas;
-the derived network is trained from scratch on all of them; test speakers are scored once, when everything is chosen.
+the derived network is trained from scratch on all of them; test speakers are scored at the end, and choose nothing.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def at_least(least, kind=int, below=math.inf):
 
 
 def numbers(text):
-    return sorted(map(int, text.split(",")))
+    return sorted({*map(int, text.split(","))})
 
 
 def genotype_file(file):
@@ -95,7 +95,7 @@ def parse(argv):
     first = Parser(add_help=False, **how)
     first.add_argument("--dataset", choices=CORPORA, default="smoke", help="the corpus")
     first.add_argument("--scale", choices=SCALES, help="small, or the paper's")
-    first.add_argument("--recipe", choices=("ours", "authors"), default="ours", help="how to train; authors: as they do")
+    first.add_argument("--recipe", choices=("ours", "authors"), default="ours", help="how to train; authors: theirs")
     first.add_argument("--protocol", choices=("standard", "paper"), default="standard", help="paper: as its authors")
     known, _ = first.parse_known_args(argv)
     corpus = CORPORA[known.dataset]
@@ -134,7 +134,8 @@ def add_inputs(parser):
 
 def add_method(parser):
     add = parser.add_argument_group("search and training").add_argument
-    add("--model", choices=("emodarts", "random", "skip", *BASELINES), default="emodarts", help="searched, or not")
+    add("--model", choices=("emodarts", "random", "skip", *BASELINES), default="emodarts",
+        help="searched; random; a control without operations; by hand")
     add("--search", choices=("joint", "cnn", "seq"), default="joint", help="which cells; the others are fixed")
     add("--genotype", type=genotype_file, metavar="FILE", help="a genotype to train, without a search")
     add("--relaxation", choices=RELAXATIONS, help="all operations of an edge, or one drawn")
@@ -410,13 +411,13 @@ def fixed_cells(options):
 def given_genotype(options):
     """What --genotype holds; the random one of the seed, the same for all folds; the control, in which each node reads
     the cell's two inputs. None of a baseline, and where one is searched."""
-    if options.model == "skip":
-        ops = dict(normal="skip_connect", reduce="max_pool_3x3", seq="skip_connect")
-        return Genotype(**{kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()})
-    if options.model == "random":
+    if options.model in ("random", "skip"):
         torch.manual_seed(seed_of(options.seed, "random genotype"))
         with torch.device("meta"):
-            return random_genotype(network(options, 2))
+            net = network(options, 2)
+        ops = {kind: "max_pool_3x3" if kind == "reduce" else "skip_connect" for kind in net.candidates}
+        control = {kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()}
+        return random_genotype(net) if options.model == "random" else Genotype(**net.fixed, **control)
     return Genotype(**options.genotype) if options.genotype else None
 
 
@@ -628,7 +629,7 @@ def refuse_another_run(file, settings, options):
               if settings.get(name) != mine[name]]
     said = "with other settings: " + ", ".join(differ)
     if settings.get("data") != mine["data"]:
-        said = "of other data: recordings, labels, speakers or splits are not those that were found now"
+        said = "of other data: recordings, labels, speakers, splits or --test-dataset are not those of this command"
     if differ:
         raise InputError(f"{file} is of a run {said}; give another --out")
 
@@ -1045,10 +1046,9 @@ def use(options):
 def plan(options):
     """Options of a command's runs, one for each model and seed; those with a search first, as they take longest."""
     seeds = range(options.seed, options.seed + options.seeds)
-    runs = [(options.model, seed) for seed in seeds]
-    if options.compare is not None:
-        runs += [(model, seed) for model in ("emodarts", "skip", *BASELINES) if model != options.model for seed in seeds]
-        runs += [("random", options.seed + n) for n in range(options.compare)]
+    models = [options.model, *(("emodarts", "skip", *BASELINES) if options.compare is not None else ())]
+    runs = [(model, seed) for model in dict.fromkeys(models) for seed in seeds]
+    runs += [("random", options.seed + n) for n in range(options.compare or 0)]
     folder, made = folder_of(options), []
     for model, seed in runs if len(runs) > 1 else ():
         more = {"model": model, "seed": seed, "out": f"{folder}/{model}-seed{seed}"}
@@ -1098,16 +1098,15 @@ def run(options):
     for each in {each.model: each for each in plan(options)}.values():
         check(each)
     listing, second = read_data(options)
-    runs, parts = plan(options), features.folds(listing, chosen=())
+    validate = options.validation == "next"
+    runs, parts = plan(options), features.folds(listing, (), (), validate)
     chosen = options.folds or list(range(len(parts)))
     if not set(chosen) <= set(range(len(parts))):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {len(parts) - 1}")
     for each, k in itertools.product(runs, range(len(parts))):
         finished(each, k)  # also of folds that are not asked for: a folder holds one run
     data = Data(options, listing, listing.classes, device)
-    parts = features.folds(listing, data.store.bad, chosen)
-    if options.validation == "none":
-        parts = [replace(fold, train=sorted(fold.train + fold.validation), validation=[]) for fold in parts]
+    parts = features.folds(listing, data.store.bad, chosen, validate)
     if options.dry_run:
         return dry_run(options, runs, data, {k: parts[k] for k in chosen}, device)
     other = second and Data(options, second, listing.classes, device)

@@ -486,7 +486,7 @@ def run_fold(options, k, data, parts, other):
     except ValueError as error:
         raise InputError(f"{checkpoint.where()}: {error}; a smaller --lr or --alpha-lr may help") from None
 
-    # Everything is chosen: the test speakers are scored, once.
+    # Everything is chosen: the test speakers are scored.
     sets = fold.tests if len(fold.tests) > 1 else {"test": sum(fold.tests.values(), [])}
     tests = {name: score(net, data, name, members, folder) for name, members in sets.items()}
     if other:

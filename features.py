@@ -111,7 +111,8 @@ def below(root, name, depth=4, folders=False, once=False):
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
     content = path.read_bytes()
-    for encoding in ("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "latin-1"):
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff") and "utf-16" or content[1:2] == b"\0" and "utf-16-le"  # no mark
+    for encoding in (wide or "utf-8-sig", "latin-1"):
         with suppress(UnicodeDecodeError):
             return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
@@ -344,8 +345,8 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
         raise InputError(f"{found}; looked for: {corpus.index.__doc__.splitlines()[0]} Put it there, or say --root DIR")
     labels = corpus.labels or {u.label: u.label for u in recorded}
     keep = CLASSES if classes == "four" and corpus.labels else tuple(sorted(labels.values()))
-    of = [replace(u, label=u.paper[0], group=u.paper[1], split=None) for u in recorded if u.paper]  # the authors'
-    chosen = [replace(u, label=labels[u.label]) for u in (of if paper else recorded) if labels.get(u.label) in keep]
+    theirs = [replace(u, label=u.paper[0], group=u.paper[1], split=None) for u in recorded if u.paper]
+    chosen = [replace(u, label=labels[u.label]) for u in (theirs if paper else recorded) if labels.get(u.label) in keep]
     utterances = disjoint(chosen) if corpus.labels else chosen  # one's own csv can be mended: `folds` refuses it
     found = Counter(labels.get(u.label) for u in recorded) + Counter(recordings=len(recorded))
     found["of four classes"] = sum(found[name] for name in CLASSES)
@@ -469,10 +470,6 @@ class Settings:
             raise InputError(f"found {self.features!r} of {self.window} s; expected mfcc-N or log-mel-N, N from 1 to "
                              f"128, and a window of a multiple of {FRAME} s, at most 600 s")
 
-    @classmethod
-    def named(cls, name, window=8.0):
-        return cls(name, window)
-
     @property
     def shape(self):
         return int(self.features.rpartition("-")[2]), round(self.window / FRAME)  # (F, T) of a window
@@ -503,8 +500,11 @@ def read_wav(path):
             form = content[at : at + size]
     else:
         raise InputError(f"{path}: has no data chunk, and so no samples")
-    left, follow = len(content) - at, ((n.decode("latin-1"), a + s <= len(content)) for n, a, s in chunks(content, at))
-    if size >= 0x7FFF0000 or (size == 0 and not all(n.isascii() and n.isprintable() and whole for n, whole in follow)):
+    left = len(content) - at
+    if size == 0:  # an empty recording, if all that follows are whole chunks
+        names = (x.isascii() and x.decode().isprintable() and a + n <= len(content) for x, a, n in chunks(content, at))
+        size = 0 if all(names) else left
+    if size >= 0x7FFF0000:
         size = left  # what wrote it could not go back, or broke off: to the end of the file
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")

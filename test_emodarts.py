@@ -794,7 +794,7 @@ def test_a_csv_as_people_save_it_and_one_with_a_recording_twice(tmp_path):
     names = ["a b.wav", "new\nline.wav", "\u0142.wav", "sub/c.wav"]
     table = 'Path;LABEL;Speaker\n"a b.wav";x;1\n;;\n\n"new\nline.wav";y;2\n\u0142.wav;x;3\nsub\\c.wav;y;1\n'
     file = tree(tmp_path, {}, names) / "mine.csv"
-    for encoding, separator in product(("utf-8", "utf-8-sig", "utf-16"), ";,\t"):
+    for encoding, separator in product(("utf-8", "utf-8-sig", "utf-16", "utf-16-le"), ";,\t"):
         file.write_bytes(table.replace(";", separator).encode(encoding))
         found = [(u.path.relative_to(tmp_path).as_posix(), u.label, u.speaker) for u in features.index_csv(file)]
         assert found == list(zip(names, "xyxy", "1231"))

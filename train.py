@@ -371,8 +371,9 @@ def optimizer_of(weights, options):
 def anneal(optimizer, options, last, epoch, epochs):
     """Cosine from the recipe's learning rate to `last`, after a rise. -> the learning rate of an epoch."""
     first, rise = recipe(options)["lr"], recipe(options)["rise"] * epochs
-    lr = min(last, first) + (first - min(last, first)) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    optimizer.param_groups[0]["lr"] = lr = lr * min(1.0, (epoch + 0.5) / max(rise, 0.5))
+    last = min(last, first)
+    lr = (last + (first - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2) * min(1, (epoch + 0.5) / max(rise, 0.5))
+    optimizer.param_groups[0]["lr"] = lr
     return lr
 
 
@@ -415,9 +416,10 @@ def given_genotype(options):
         torch.manual_seed(seed_of(options.seed, "random genotype"))
         with torch.device("meta"):
             net = network(options, 2)
+        if options.model == "random":
+            return random_genotype(net)
         ops = {kind: "max_pool_3x3" if kind == "reduce" else "skip_connect" for kind in net.candidates}
-        control = {kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()}
-        return random_genotype(net) if options.model == "random" else Genotype(**net.fixed, **control)
+        return Genotype(**net.fixed, **{kind: [[(op, 0), (op, 1)]] * options.nodes for kind, op in ops.items()})
     return Genotype(**options.genotype) if options.genotype else None
 
 
@@ -528,9 +530,8 @@ def find(options, data, fold, checkpoint):
 
 
 def decision(net, genotype, data, seen):
-    """Has the search decided? Entropy of the alphas, and the discretisation gap: UA on `seen` utterances of the
-    supernet's weights with all operations, and with only the genotype's. BN goes by the batch: its statistics
-    are those of all."""
+    """Has the search decided? Entropy of the alphas, and the discretisation gap: UA on `seen` of the supernet's weights
+    with all operations, and with only the genotype's. BN goes by the batch: its statistics are those of all."""
     for module in net.modules():  # children come behind their parents, who speak for all of them
         module.train(isinstance(module, nn.BatchNorm2d))
     with without_statistics(net):

@@ -1,26 +1,28 @@
-"""Speech emotion corpora in, windows of MFCCs or of log-mel bands out.
+"""Speech emotion corpora in, standardised windows of MFCCs or of log-mel bands out.
 
-A corpus' folder -> utterances -> folds: `read_corpus`, `folds`. A wav file -> windows -> store on disk: `load`.
-
-    wav -> mono, 16 kHz -> 8-second windows -> MFCC (128, 512) -> max over 4 frames -> (F, T) = (128, 128), float16
+    a corpus' folder -> read_corpus: utterances -> folds: who trains, validates, tests
+    wav -> read_wav: mono, 16 kHz -> windows of 8 s -> maps_of: (F, T) = (128, 128), float16
+        -> load: a store on disk -> Data: batches (N, 1, F, T), standardised, and classes (N,)
 """
 
 import csv
 import errno
-import filecmp
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import struct
 import sys
+import tokenize
+import unicodedata
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,90 +39,101 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CLASSES = ("angry", "happy", "neutral", "sad")
-RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples (15.6 ms); frames that make one column
-FRAME = HOP * POOL / RATE  # seconds between two columns of the map
+SPLITS = (None, "train", "validation", "test", "test1", "test2")  # labels of test3 are secret
+RATE, FFT, HOP = 16000, 1024, 250  # Hz; samples: 64 ms, and 15.6 ms
+POOL = 4  # frames that make one column of a map
+FRAME = HOP * POOL / RATE  # seconds between two columns
+LOUDEST = 10  # float samples beyond are whole numbers; what clips in a studio is at most a few
+LEVELS = 40  # dB: no two microphones differ so, but 16 bits do that are read as 24 or 32
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of NFS
 WARNED = []  # the first file that could not be locked
+nfc = functools.partial(unicodedata.normalize, "NFC")  # a letter with its accent: one character
 
 
 class InputError(Exception):
-    """Something that a user gave cannot be used. The message says what was found, what was expected, what to do."""
+    """What a user gave cannot be used: what was found, what was expected, what to do."""
+
+
+@contextmanager
+def naming(path):
+    """What comes in the way of reading a file (disk, network, rights, memory) names it."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read now ({error!r}); start again") from error
 
 
 def listed(names, most=5):
     """The first few of many names, for a message."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
-@contextmanager
-def lock(path, wait=True):
-    """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine` is False if another
-    process holds the lock and is not waited for; True where there are no locks. A dead process' lock is free."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        mine = True
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            mine = error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of NFS
-            if not mine and not isinstance(error, BlockingIOError):
-                raise
-            if mine and not WARNED:  # once a process: a run locks each of its folds
-                print(f"warning: {path} cannot be locked ({error.strerror}); no other process is noticed; run one only",
-                      file=sys.stderr)
-                WARNED.append(path)
-        yield mine
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
-def write(file, content):
-    """Writes a text, or what the function `content` writes: all of it or, when the process dies, nothing."""
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as out:
-        content(out) if callable(content) else out.write(content.encode(errors="surrogateescape"))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
-
-
-# A corpus' folder -> utterances --------------------------------------------------------------------------------------
+# A corpus' folder -> utterances ------------------------------------------------------------------
 @dataclass(frozen=True)
 class Utterance:
     path: Path  # None where a label has no recording
     label: str  # the corpus' own code, until read_corpus puts the name of the class there
     speaker: str
-    group: str = None  # the unit that the folds hold out: a speaker, a session, ...; None: read_corpus makes groups
+    group: str = None  # what the folds hold out: a speaker, a session; None: read_corpus makes some
     split: str = None  # train, validation, test..., of a corpus that has an official split
     paper: tuple = None  # (label, group) in the emoDARTS authors' own protocol; None: not in it
+    recording: str = None  # a name that tells recordings apart, whatever folder they lie in
 
 
-def below(root, name, depth=4, folders=False, once=False):
-    """Files (or folders) named as the regular expression says, sorted, at most `depth` folders down; no hidden ones
-    (AppleDouble `._x.wav`). `once`: one of each name, where names tell recordings apart and copies hold some twice."""
-    found = []
-    for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = sorted(f for f in inner if not f.startswith("."))
-        for file in inner if folders else sorted(files):
-            if not file.startswith(".") and re.fullmatch(name, file, re.IGNORECASE):
-                found.append(Path(folder, file))
-        if len(Path(folder).relative_to(root).parts) >= depth:
-            inner.clear()
-    found.sort(key=lambda path: (path.name.lower(), path))
-    return list({path.name.lower(): path for path in found[::-1]}.values())[::-1] if once else found
+def below(root, pattern, depth=4, folders=False):
+    """Files (or folders) of such names, at most `depth` folders down, hidden ones (`._x.wav`) left
+    out; sorted by name, then depth. Each folder once, however many links lead to it."""
+    def stop(error):
+        if not isinstance(error, PermissionError):  # `lost+found` of a disk is not for all to read
+            raise error
+
+    found, visited, inner = [], set(), [Path(root)] if os.path.isdir(root) else []
+    for down in range(depth + 1):
+        level, inner = sorted(inner, key=lambda path: (path.is_symlink(), path)), []
+        for folder in level:
+            identity = os.stat(folder)[1:3]  # inode and device
+            if identity not in visited:
+                visited.add(identity)
+                _, names, files = next(os.walk(folder, onerror=stop), ("", [], []))
+                inner += [folder / name for name in names if name[0] != "."]
+                for path in [folder] if folders else map(folder.joinpath, files):
+                    if path.name[:1] != "." and re.fullmatch(pattern, path.name, re.IGNORECASE):
+                        found.append((path.name.lower(), down, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def by_name(paths):
+    """-> {name in lower case: path}, of several files of one name the first."""
+    return {nfc(path.name).lower(): path for path in reversed(paths)}
 
 
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
-    content = path.read_bytes()
-    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff") and "utf-16" or content[1:2] == b"\0" and "utf-16-le"  # no mark
-    for encoding in (wide or "utf-8-sig", "latin-1"):
-        with suppress(UnicodeDecodeError):
-            return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+    with naming(path):
+        content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if content[1:2] == b"\0":
+        encoding = "utf-16-le"  # without a mark
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
 
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, columns in lower case, all stripped, and `line`, where each begins; empty ones, and
-    Excel's `sep=;`, are passed over. `columns` must be there, once. `form`: of csv.reader"""
-    reader, table, line = csv.reader(io.StringIO(text_of(path), newline=""), **form), [], 1
+    """Rows of a table as dicts, stripped, columns in lower case; `line` is where each begins. Empty
+    ones, and Excel's `sep=;`, are passed over. `columns` must be there; `form`: of csv.reader"""
+    text = text_of(path)
+    header = next((line for line in text.split("\n") if columns[-1] in line.lower()), "")
+    comma = max(",;\t", key=header.count)  # Excel's depends on the country
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, **form)
+    table, line = [], 1
     try:
         for row in reader:
             fields = [field.strip() for field in row]
@@ -128,172 +141,193 @@ def rows(path, *columns, **form):
                 table.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {line}: not a row of a table ({error}); is a quote open?") from None
+        raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
     there = [name.lower() for name in table[0][1]] if table else []
     if any(there.count(column) != 1 for column in columns):
-        raise InputError(f"{path} has the columns {','.join(there)[:99] or '(none)'}; expected {','.join(columns)}")
+        found = ",".join(there)[:99] or "(none)"
+        raise InputError(f"{path} has the columns {found}; expected {','.join(columns)}")
     for line, fields in table[1:]:
         if any(fields[len(there) :]):
-            raise InputError(f"{path}, line {line}: more fields than columns; put a text with a separator into quotes")
-        yield dict(itertools.zip_longest(there, fields[: len(there)], fillvalue="")) | {"line": line}
+            raise InputError(f"{path}, line {line}: more fields than columns; are quotes missing?")
+        yield dict(zip(there, fields + [""] * len(there))) | {"line": line}
 
 
 def index_emodb(root):
-    """Files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., Interspeech 2005).
+    """Files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., 2005).
     Speaker 03, text a01, emotion W (Wut, anger), version a. A is Angst: fear, not anger."""
-    for path in below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav", once=True):
-        yield Utterance(path, path.name[5].upper(), path.name[:2], group=path.name[:2])
+    for path in below(root, r"\d\d[a-z]\d\d[WFNTAEL][a-z]?\.wav"):
+        name = path.name.lower()
+        yield Utterance(path, name[5].upper(), name[:2], name[:2], recording=name)
 
 
 def index_nemo(root):
-    """data.tsv, at most two folders down, and samples/*.wav beside it (free: github.com/amu-cai/nEMO)."""
+    """data.tsv, at most two folders down, and samples/*.wav beside it (free: amu-cai/nEMO)."""
     for table in below(root, r"data\.tsv", depth=2)[:1]:
-        wavs = {path.name: path for path in below(table.parent / "samples", r".*\.wav", depth=0)}
-        for row in rows(table, "file_id", "emotion", "speaker_id", delimiter="\t", quoting=csv.QUOTE_NONE):
-            yield Utterance(wavs.get(row["file_id"]), row["emotion"][:3], row["speaker_id"], group=row["speaker_id"])
+        wavs = by_name(below(table.parent / "samples", r".*\.wav", depth=0))
+        for row in rows(table, "file_id", "emotion", "speaker_id", quoting=csv.QUOTE_NONE):
+            name, speaker = nfc(row["file_id"]).lower(), nfc(row["speaker_id"])
+            yield Utterance(wavs.get(name), row["emotion"][:3], speaker, speaker, recording=name)
 
 
 def index_ravdess(root):
-    """Files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo.org/records/1188976).
-    Audio only, speech, emotion 05, intensity, statement, repetition, actor 18. Groups of four actors."""
-    for path in below(root, r"03-01(-\d\d){5}\.wav", once=True):
-        emotion, actor = path.name[6:8], path.name[18:20]
+    """Files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo 1188976).
+    Audio only, speech, emotion 05, intensity, statement, repetition, actor 18. Groups of four."""
+    for path in below(root, r"03-01(-\d\d){5}\.wav"):
+        name, actor = path.name.lower(), path.name[18:20]
         first = (int(actor) - 1) // 4 * 4 + 1
-        yield Utterance(path, emotion, actor, group=f"{first:02}-{first + 3:02}")
+        yield Utterance(path, name[6:8], actor, f"{first:02}-{first + 3:02}", recording=name)
 
 
 def index_crema_d(root):
-    """Files named like 1001_DFA_ANG_XX.wav (free: github.com/CheyneyComputerScience/CREMA-D).
+    """Files named like 1001_DFA_ANG_XX.wav, at most four folders down (free: Cao et al., 2014).
     Actor, sentence, emotion, level. Groups of 18 of the 91 actors; the last one has 19."""
-    for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav", once=True):
-        actor, _, emotion, _ = path.stem.lower().split("_", 3)
+    for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav"):
+        name, actor = path.name.lower(), path.name[:4]
         first = 1001 + 18 * min((int(actor) - 1001) // 18, 4)
-        yield Utterance(path, emotion, actor, group=f"{first}-{1091 if first == 1073 else first + 17}")
+        group = f"{first}-{1091 if first == 1073 else first + 17}"
+        yield Utterance(path, name.split("_")[2], actor, group, recording=name)
 
 
 def index_iemocap(root):
-    """Folders Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav (licensed: sail.usc.edu/iemocap).
-    `[6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5, 2.5, 2.5]`: the first letter is the actor who wears the
-    markers, the last one who speaks. Paper: improvised, happy without excited; 1M 2F, ..., 5M 1F are held out."""
-    turn = r"Ses0([1-5])[FM]_(?:impro0\d[ab]?|script0\d_\db?)_([FM])\d{3}"
-    for session in below(root, r"Session[1-5]", depth=2, folders=True):
-        wavs = {path.stem: path for path in below(session / "sentences" / "wav", turn + r"\.wav", depth=2)}
-        for path in below(session / "dialog" / "EmoEvaluation", r"Ses.*\.txt", depth=0):  # below it: single raters
-            for line in text_of(path).split("\n"):
-                fields = [field.strip() for field in line.split("\t")]
-                match = len(fields) > 2 and re.fullmatch(turn, fields[1])
-                if match and line.startswith("["):
-                    k, gender, code = int(match[1]), match[2], fields[2]
-                    first = k if gender == "M" else (k + 3) % 5 + 1
-                    paper = (code, f"{first}M {first % 5 + 1}F") if "_impro" in fields[1] and code != "exc" else None
-                    yield Utterance(wavs.get(fields[1]), code, f"{k}{gender}", group=str(k), paper=paper)
+    """Folders Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav (licensed).
+    `[6.2901 - 8.2357]<TAB>Ses01F_impro01_F000<TAB>neu<TAB>[2.5, 2.5, 2.5]`: not F, who wears the
+    markers, but the last F speaks. Paper: improvised, without excited; 1M 2F to 5M 1F held out."""
+    turn = r"(Ses0([1-5])[FM]_(?:impro0\d[ab]?|script0\d_\db?)_([FM])\d{3})"
+    recorded, texts = [], []
+    for session in below(root, r"Session[1-5]", depth=3, folders=True):
+        recorded += below(session / "sentences/wav", turn + r"\.wav", depth=2)
+        texts += below(session / "dialog/EmoEvaluation", r"Ses.*\.txt", depth=0)  # no raters'
+    wavs, text = by_name(recorded), "\n".join(map(text_of, texts))
+    line = re.compile(rf"^\[[^\t\n]*\t *{turn} *\t *(\w+)", re.MULTILINE)
+    for name, session, gender, code in line.findall(text):
+        man = int(session) if gender == "M" else (int(session) + 3) % 5 + 1
+        pair = f"{man}M {man % 5 + 1}F"
+        paper = (code, pair) if "_impro" in name and code != "exc" else None
+        path = wavs.get(f"{name}.wav".lower())
+        yield Utterance(path, code, session + gender, session, None, paper, recording=name)
 
 
 def index_msp_improv(root):
-    """Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed: UT Dallas).
-    `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02, who is of session 2,
-    condition R (read); the raters say A. Then a line for each rater. Paper: R only, with the intended emotion."""
-    turn = r"-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d"
+    """Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed).
+    `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02 of
+    session 2, condition R (read); the raters say A. Paper: R only, with the intended emotion."""
+    turn = r"(-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d)"
     for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
-        wavs = {path.stem.upper(): path for path in below(root, f"MSP{turn}\\.wav", depth=9)}
-        for line in text_of(text).split("\n"):
-            fields = [field.strip().upper() for field in line.split(";")]
-            match = re.fullmatch(f"UTD{turn}\\.AVI", fields[0])
-            if match and len(fields) > 1:
-                intended, gender, number, condition = match.groups()
-                path, group = wavs.get("MSP" + fields[0][3:-4]), f"session {int(number)}"
-                paper = (intended, group) if condition == "R" else None
-                yield Utterance(path, fields[1], gender + number, group=group, paper=paper)
+        wavs = by_name(below(root, rf"MSP{turn}\.wav", depth=9))
+        line = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
+        for turns in line.findall(text_of(text).upper()):
+            name, intended, gender, number, condition, code = turns
+            path, group = wavs.get(f"msp{name}.wav".lower()), f"session {int(number)}"
+            paper = (intended, group) if condition == "R" else None
+            yield Utterance(path, code, gender + number, group, None, paper, recording=name)
 
 
 def index_msp_podcast(root):
-    """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed: UT Dallas).
-    Wavs without a row, as Test3's, are normal. Paper: Train, Test1 and Test2 in one, without unknown speakers."""
-    known = dict(train="train", validation="validation", development="validation", test1="test1", test2="test2")
+    """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed).
+    Wavs without a row are normal. Paper: all but the validation, without unknown speakers."""
     for table in below(root, r"labels_con[sc]ensus\.csv", depth=3)[:1]:
-        wavs = {path.name.lower(): path for path in below(root, r"MSP-PODCAST_.*\.wav", depth=9)}
+        wavs = by_name(below(root, r"MSP-PODCAST_.*\.wav", depth=9))
         for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
-            speaker = "Unknown" if row["spkrid"].lower() in ("", "unknown") else row["spkrid"]
-            code, split = row["emoclass"].upper(), known.get(row["split_set"].lower())
+            name, code, speaker = row["filename"].lower(), row["emoclass"].upper(), row["spkrid"]
+            if speaker.lower() in ("", "unknown"):
+                speaker = "Unknown"
+            split = row["split_set"].lower().replace("development", "validation")
             paper = (code, None) if split != "validation" and speaker != "Unknown" else None
-            if split:
-                yield Utterance(wavs.get(row["filename"].lower()), code, speaker, split=split, paper=paper)
+            yield Utterance(wavs.get(name), code, speaker, None, split, paper, recording=name)
 
 
 def index_csv(file):
     """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
+    columns = "path", "label", "speaker"
     if not file.is_file():
-        raise InputError(f"no file {file}; --root FILE names one with the columns path,label,speaker and perhaps split")
-    header = next((line for line in text_of(file).split("\n") if "speaker" in line.lower()), "")
-    separator = max(",;\t", key=header.count)  # Excel's comma depends on the country
-    table, line_of = list(rows(file, "path", "label", "speaker", delimiter=separator, strict=True)), {}
-    official = any(row.get("split") for row in table)
+        raise InputError(f"no file {file}; --root names one with the columns {','.join(columns)}")
+    table = list(rows(file, *columns, strict=True))
+    official, line_of = any(row.get("split") for row in table), {}
     for row in table:
-        path, split = file.parent / row["path"], row["split"].lower() if official else None
-        if not os.path.isfile(path):  # perhaps it was saved on Windows
-            path = file.parent / row["path"].replace("\\", "/")
-        line = line_of.setdefault(os.path.realpath(path), row["line"])
-        faults = {f"no {column}": not row[column] for column in ("path", "label", "speaker")} | {
-            f"the split {split!r}; known: train, validation, test": split not in (None, "train", "validation", "test"),
-            f"no recording, {row['path']!r} is no file in {file.parent}": not os.path.isfile(path),
-            f"the recording {path.name} of line {line} once more; keep one of them": line != row["line"]}
-        for fault in (fault for fault, true in faults.items() if true):
-            raise InputError(f"{file}, line {row['line']}: has {fault}")
+        path, line = recording_of(file, row["path"]), row["line"]
+        split = row["split"].lower() if official else None
+        first = line_of.setdefault(path and os.path.realpath(path), line)
+        faults = [f"no {column}" for column in columns if not row[column]]
+        if split not in (None, "train", "validation", "test"):
+            faults.append(f"the split {split!r}; known: train, validation, test")
+        if path is None:
+            faults.append(f"no recording, {row['path']!r} is no file in {file.parent}")
+        elif line != first:
+            faults.append(f"the recording {path.name} of line {first} once more")
+        if faults:
+            raise InputError(f"{file}, line {line}: has {faults[0]}")
         yield Utterance(path, row["label"], row["speaker"], split=split)
 
 
-def index_smoke(root):
-    """Voiced sounds, not speech, in files like EMO-DB's, generated where there are none: they show that all runs."""
-    with lock(root / "lock"):  # the second of two processes waits, and finds it there
-        if not (root / "wav").exists():
-            make_smoke(root / "wav.part")
-            (root / "wav.part").rename(root / "wav")
-    return index_emodb(root)
+def recording_of(file, written):
+    """The one path that a csv means, however it is spelt, or None. It is relative to the folder of
+    the file or, if that is a link, of the link."""
+    written = os.fsdecode(written.encode("utf-8", "surrogateescape"))  # as the locale has it
+    slashes = written.replace("\\", "/")  # perhaps it was saved on Windows, or on a Mac
+    spellings = written, slashes, nfc(slashes), unicodedata.normalize("NFD", slashes)
+    for folder in Path(os.path.realpath(file)).parent, file.parent:
+        for path in map(folder.joinpath, spellings):
+            if os.path.isfile(path):
+                return Path(os.path.realpath(path.parent), path.name)
+    return None
 
 
 def make_smoke(folder):
-    """Harmonics of a voice that rises and falls, in syllables: a class has its pitch, melody, tempo and brightness."""
-    voices = dict(W=(1.5, 0.3, 5.5, 0.8), F=(1.9, 0.5, 4.0, 1.2), N=(1.0, 0.1, 3.0, 1.6), T=(0.7, 0.02, 1.5, 2.4))
-    rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
+    """Voiced sounds, not speech, in files like EMO-DB's: they show that all runs. Harmonics of a
+    voice that rises and falls, in syllables: a class has its pitch, melody, tempo, brightness."""
+    voices = {"W": (1.5, 0.3, 5.5, 0.8), "F": (1.9, 0.5, 4.0, 1.2)}
+    voices |= {"N": (1.0, 0.1, 3.0, 1.6), "T": (0.7, 0.02, 1.5, 2.4)}
+    rng, wavs = np.random.default_rng(0), folder / "wav.part"
+    wavs.mkdir(exist_ok=True)
     for speaker, usual in enumerate(rng.uniform(120, 180, 6), start=3):  # Hz
         for letter, text in itertools.product(voices, range(1, 5)):
             pitch, melody, tempo, tilt = voices[letter] * rng.normal(1, 0.05, 4)
-            t = np.arange(int(RATE * rng.uniform(1.2, 2.6))) / RATE
-            phase = 2 * np.pi * np.cumsum(usual * pitch * (1 + melody * np.sin(4 * t + rng.uniform(0, 6)))) / RATE
-            sound = sum(np.sin(k * phase) / k**tilt for k in range(1, 17)) * (1 - np.cos(2 * np.pi * tempo * t))
+            t = np.arange(int(RATE * rng.uniform(1.2, 2.6))) / RATE  # seconds
+            bend = 1 + melody * np.sin(4 * t + rng.uniform(0, 6))
+            phase = 2 * np.pi * np.cumsum(usual * pitch * bend) / RATE
+            voice = sum(np.sin(k * phase) / k**tilt for k in range(1, 17))
+            sound = voice * (1 - np.cos(2 * np.pi * tempo * t))
             sound = 0.5 * sound / np.abs(sound).max() + 1e-3 * rng.standard_normal(len(t))
-            wavfile.write(folder / f"{speaker:02}a{text:02}{letter}a.wav", RATE, (32767 * sound).astype(np.int16))
+            name = f"{speaker:02}a{text:02}{letter}a.wav"
+            wavfile.write(wavs / name, RATE, (32767 * sound).astype(np.int16))
+    wavs.rename(folder / "wav")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    index: object  # function: root -> Utterances; the first line of its docstring is said where it finds none
+    index: object  # function: root -> Utterances; where it finds none, its docstring's first line
     labels: dict = None  # code -> class; other codes are dropped; None: codes are classes
     counts: tuple = ()  # of each known version: classes, recordings with a label
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
-    paper: tuple = None  # groups that test in the emoDARTS authors' protocol; (): all; None: they have not used it
+    paper: tuple = None  # groups that test in the authors' protocol; (): all; None: not used
     at_most: int = None  # utterances in its training, in its validation, in each of its test sets
 
 
 GERMAN = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
-LETTERS = dict(A="angry", H="happy", N="neutral", S="sad", U="surprise", F="fear", D="disgust", C="contempt")
+LETTERS = dict(A="angry", H="happy", N="neutral", S="sad")
+LETTERS |= dict(U="surprise", F="fear", D="disgust", C="contempt")
 NAMES = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 NUMBERS = {f"0{n}": name for n, name in enumerate(NAMES, start=1)}
-SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")  # excited counts as happy
-PODCAST = ({"of four classes": 46160}, dict(recordings=149307), dict(recordings=264705))  # versions 1.8, 1.11, 2.0
-IEMOCAP = dict(angry=1103, happy=1636, neutral=1708, sad=1084, recordings=10039)
-IMPROV = dict(angry=792, happy=2644, neutral=3477, sad=885, recordings=8438)
-CORPORA = {
-    "smoke": Corpus(index_smoke, GERMAN, (dict(angry=24, happy=24, neutral=24, sad=24),), folds="0,1"),
-    "emodb": Corpus(index_emodb, GERMAN, (dict(angry=127, happy=71, neutral=79, sad=62), dict(recordings=816))),
-    "nemo": Corpus(index_nemo, SHORT, (dict(angry=749, happy=749, neutral=809, sad=769, recordings=4481),)),
-    "ravdess": Corpus(index_ravdess, NUMBERS, (dict(angry=192, happy=192, neutral=96, sad=192, recordings=1440),)),
-    "crema-d": Corpus(index_crema_d, SHORT, (dict(angry=1271, happy=1271, neutral=1087, sad=1271, recordings=7442),)),
-    "iemocap": Corpus(index_iemocap, SHORT, (IEMOCAP,), scale="paper", paper=()),
-    "msp-improv": Corpus(index_msp_improv, LETTERS, (IMPROV,), "paper", paper=tuple("session " + k for k in "1235")),
-    "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, scale="paper", paper=(), at_most=10000),
+SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")
+SMOKE = (dict(angry=24, happy=24, neutral=24, sad=24),)
+EMODB = (dict(angry=127, happy=71, neutral=79, sad=62), dict(recordings=816))
+NEMO = (dict(angry=749, happy=749, neutral=809, sad=769, recordings=4481),)
+RAVDESS = (dict(angry=192, happy=192, neutral=96, sad=192, recordings=1440),)
+CREMA_D = (dict(angry=1271, happy=1271, neutral=1087, sad=1271, recordings=7442),)
+IEMOCAP = (dict(angry=1103, happy=1636, neutral=1708, sad=1084, recordings=10039),)
+IMPROV = (dict(angry=792, happy=2644, neutral=3477, sad=885, recordings=8438),)
+PODCAST = ({"of four classes": 46160}, dict(recordings=149307), dict(recordings=264705))
+IMPROV_PAPER = ("session 1", "session 2", "session 3", "session 5")
+CORPORA = {  # a new one is a function like those above, and a line here
+    "smoke": Corpus(index_emodb, GERMAN, SMOKE, folds="0,1"),
+    "emodb": Corpus(index_emodb, GERMAN, EMODB),
+    "nemo": Corpus(index_nemo, SHORT, NEMO),
+    "ravdess": Corpus(index_ravdess, NUMBERS, RAVDESS),
+    "crema-d": Corpus(index_crema_d, SHORT, CREMA_D),
+    "iemocap": Corpus(index_iemocap, SHORT, IEMOCAP, "paper", paper=()),
+    "msp-improv": Corpus(index_msp_improv, LETTERS, IMPROV, "paper", paper=IMPROV_PAPER),
+    "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, "paper", paper=(), at_most=10000),
     "csv": Corpus(index_csv),
 }
 
@@ -303,69 +337,137 @@ class Listing:
     dataset: str
     protocol: str
     root: Path
-    classes: tuple  # names of the classes, sorted; four are four, whatever a part of a corpus holds
+    classes: tuple  # names, sorted; four are four, whatever a part of a corpus holds
     utterances: list  # of Utterance, sorted by path
 
     def name(self, utterance):
-        """Path relative to the root, where it is below it."""
+        """Path relative to the root, where it is below it; the same in every locale."""
         path = utterance.path
-        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+        if path.is_relative_to(self.root):
+            path = path.relative_to(self.root)
+        return nfc(os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape"))
 
     @functools.cached_property
     def prints(self):
-        """Size and check sum of 4 kB in the middle of each file; (0, 0) where it cannot be read. (All bytes would take
-        minutes at each start; sizes alone would not notice other recordings of the same length.)"""
+        """Size, check sum of 4 kB in the middle of each file; (0, 0): none. All would take minutes."""
         found = [(0, 0)] * len(self.utterances)
-        for i, u in enumerate(self.utterances):
-            with suppress(OSError), open(u.path if os.path.isfile(u.path) else "", "rb") as file:  # not of a pipe
-                size = file.seek(0, os.SEEK_END)
-                file.seek(size // 2)
-                found[i] = size, zlib.crc32(file.read(4096))
+        for i, utterance in enumerate(self.utterances):
+            if utterance.path.is_file():  # a pipe would be waited for
+                with naming(utterance.path), open(utterance.path, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(size // 2)
+                    found[i] = size, zlib.crc32(file.read(4096))
+        return found
+
+    @functools.cached_property
+    def contents(self):
+        """What files have in common only if they hold the same bytes. Only those whose prints
+        agree are read whole, once: padded clips have one size, and silence in the middle."""
+        found, alike = list(self.prints), Counter(self.prints)
+        for i, utterance in enumerate(self.utterances):
+            if found[i][0] == 0:
+                found[i] = utterance.path  # nothing to be compared
+            elif alike[found[i]] > 1:
+                with naming(utterance.path):
+                    found[i] = hashlib.sha256(utterance.path.read_bytes()).digest()
         return found
 
     @property
     def digest(self):
         """Of names, labels, speakers, folds and contents: the same wherever the corpus lies."""
-        about = [(self.name(u), u.label, u.speaker, u.group, u.split, p) for u, p in zip(self.utterances, self.prints)]
-        return hashlib.sha256(json.dumps([self.classes, about]).encode()).hexdigest()[:16]
+        about = [(self.name(u), u.label, u.speaker, u.group, u.split) for u in self.utterances]
+        return digest_of([self.classes, about, self.prints])
+
+
+def digest_of(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard"):
-    """-> Listing. `classes`: four or all, `protocol`: standard or paper. Warns when recordings are missing or the
-    counts are not the known ones. InputError for an unknown dataset, and for a root where nothing is found."""
+    """-> Listing. `classes`: four or all; of one's own csv all, either way. `protocol`: standard or
+    paper, the authors'. Without a root data/DATASET, where the smoke corpus is made. Warns when
+    recordings are missing, twice, or not of known number; InputError where none are found."""
     if dataset not in CORPORA:
         raise InputError(f"unknown dataset {dataset!r}; known: {', '.join(CORPORA)}")
-    corpus, paper = CORPORA[dataset], protocol == "paper" and CORPORA[dataset].paper is not None
-    root = Path(root or Path("data", dataset))
-    labelled = list(corpus.index(root))
+    corpus, folder = CORPORA[dataset], Path(root or Path("data", dataset))
+    place, wanted, chosen = f"{dataset} in {folder}", CLASSES, []
+    if dataset == "smoke" and not root:
+        with lock(folder / "lock"):  # the second of two processes waits, and finds it there
+            if not (folder / "wav").exists():
+                make_smoke(folder)
+    labelled = each_once(folder, list(corpus.index(folder)))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = sorted(os.listdir(root)) if root.is_dir() else ["a file" if root.exists() else "no folder"]
-        found = f"no utterance of {dataset} in {root} (found {len(labelled)} labels, and {listed(there) or 'no file'})"
-        raise InputError(f"{found}; looked for: {corpus.index.__doc__.splitlines()[0]} Put it there, or say --root DIR")
+        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
+        found = f"found {len(labelled)} labels, and {listed(there) or 'no file'}"
+        looked = f"looked for: {corpus.index.__doc__.splitlines()[0]}"
+        raise InputError(f"no utterance of {place} ({found}); {looked} See --root")
     labels = corpus.labels or {u.label: u.label for u in recorded}
-    keep = CLASSES if classes == "four" and corpus.labels else tuple(sorted(labels.values()))
-    theirs = [replace(u, label=u.paper[0], group=u.paper[1], split=None) for u in recorded if u.paper]
-    chosen = [replace(u, label=labels[u.label]) for u in (theirs if paper else recorded) if labels.get(u.label) in keep]
-    utterances = disjoint(chosen) if corpus.labels else chosen  # one's own csv can be mended: `folds` refuses it
-    found = Counter(labels.get(u.label) for u in recorded) + Counter(recordings=len(recorded))
-    found["of four classes"] = sum(found[name] for name in CLASSES)
-    known = min(corpus.counts or [{}], key=lambda known: sum(abs(found[name] - n) for name, n in known.items()))
-    there, expected = (", ".join(f"{counts[name]} {name}" for name in known) for counts in (found, known))
-    odd = {
-        f"found {there}; expected {expected}": there != expected,
-        f"{len(labelled) - len(recorded)} of {len(labelled)} labels have no recording": len(recorded) < len(labelled),
-        f"{len(chosen) - len(utterances)} utterances of speakers who are in another set too are left out":
-            len(utterances) < len(chosen)}
-    for text in (text for text, true in odd.items() if true):
-        print(f"warning: {dataset} in {root}: {text}", file=sys.stderr)
+    compare_counts(place, Counter(labels.get(u.label) for u in recorded), corpus.counts)
+    missing = len(labelled) - len(recorded)
+    if missing:
+        warn(f"{place}: {missing} of {len(labelled)} labels have no recording")
+    if classes != "four" or not corpus.labels:
+        wanted = tuple(sorted(labels.values()))
+    for u in recorded:
+        if protocol == "paper" and corpus.paper is not None:
+            label, group = u.paper or (None, None)
+            u = replace(u, label=label, group=group, split=None)
+        if labels.get(u.label) in wanted:
+            chosen.append(replace(u, label=labels[u.label]))
+    # One's own csv can be mended: `folds` refuses it.
+    utterances = disjoint(chosen) if corpus.labels else chosen
+    lost = len(chosen) - len(utterances)
+    if lost:
+        warn(f"{place}: {lost} utterances of speakers who are in another set too are left out")
     if any(not u.group and not u.split for u in utterances):
         utterances = grouped(utterances)
     names = tuple(sorted({u.label for u in utterances}))
     if len(names) < 2:
-        raise InputError(f"{root}: found utterances of {listed(names) or 'no class'}; expected at least two classes")
-    names = CLASSES if keep == CLASSES else names
-    return Listing(dataset, protocol, root if root.is_dir() else root.parent, names, utterances)
+        raise InputError(f"{place}: found {listed(names) or 'no class'}; expected two classes")
+    home = folder if folder.is_dir() else Path(os.path.realpath(folder)).parent
+    return Listing(dataset, protocol, home, CLASSES if wanted == CLASSES else names, utterances)
+
+
+def each_once(root, utterances):
+    """Leaves out what stands twice (copies, links, doubled rows): of one name, or at the end of one
+    path. InputError where a recording has two labels, or a label or speaker two spellings."""
+    first, kept, doubled = {}, [], []
+    for u in utterances:
+        u = replace(u, label=nfc(u.label), speaker=nfc(u.speaker))
+        name = u.recording or str(u.path)
+        known = [first.setdefault(key, u) for key in (name, os.path.realpath(u.path or name))]
+        for before, what in itertools.product(known, ("label", "speaker", "split")):
+            both = getattr(before, what), getattr(u, what)
+            if both[0] != both[1]:
+                raise InputError(f"{root}: {name} has two {what}s, {both[0]} and {both[1]}")
+        if all(before is u for before in known):
+            kept.append(u)
+        else:
+            doubled.append(name)
+    if doubled:
+        warn(f"{root}: {len(doubled)} labels of recordings that stand twice: {listed(doubled)}")
+    for what in ("label", "speaker"):
+        spelt = {}
+        for value in sorted({getattr(u, what) for u in kept}):
+            plain = re.sub(r"(?<!\d)0+(?=\d)", "", nfc(value.casefold()))
+            other = spelt.setdefault("".join(plain.split()), value)
+            if other != value:  # of one speaker some would be trained on, some tested
+                raise InputError(f"{root}: found the {what}s {other!r} and {value!r}; spell it alike")
+    return [u for u in kept if u.split in SPLITS]
+
+
+def compare_counts(place, found, versions):
+    """Warns if the recordings' numbers are not those of the version that is nearest."""
+    def text(counts):
+        return ", ".join(f"{counts[name]} {name}" for name in nearest)
+
+    found["recordings"] = sum(found.values())
+    found["of four classes"] = sum(found[name] for name in CLASSES)
+    away = [sum(abs(found[name] - known[name]) for name in known) for known in versions]
+    nearest = versions[np.argmin(away)] if versions else {}
+    if text(found) != text(nearest):
+        warn(f"{place}: found {text(found)}; expected {text(nearest)}")
 
 
 def grouped(utterances):
@@ -381,118 +483,143 @@ def grouped(utterances):
 
 
 def disjoint(utterances):
-    """Of a corpus with an official split: drops what would put a known speaker on two sides, the test sets first."""
+    """Of an official split: who is in a test set stays there; who is in validation does not train."""
     rank = {"validation": 1, "train": 2}  # any test set, and a group: 0
-    kept = {}
+    least, kept = {}, []
     for u in utterances:
-        kept[u.speaker] = min(rank.get(u.split, 0), kept.get(u.speaker, 2))
-    return [u for u in utterances if u.speaker == "Unknown" or rank.get(u.split, 0) == kept[u.speaker]]
+        least[u.speaker] = min(rank.get(u.split, 0), least.get(u.speaker, 2))
+    for u in utterances:
+        if u.speaker == "Unknown" or rank.get(u.split, 0) == least[u.speaker]:
+            kept.append(u)
+    return kept
 
 
-# Utterances -> folds -------------------------------------------------------------------------------------------------
+# Utterances -> folds -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fold:
-    """Indices into the list of utterances. No known speaker is on two sides; test sets may share speakers."""
+    """Indices of utterances. No known speaker is on two sides; test sets may share speakers."""
     train: list
     validation: list
     tests: dict  # name of a test set -> its indices
 
     def sides(self):
-        """{what to call it: its indices}: train, validation, and test or, of several, each by its name."""
-        tests = {"test": m for m in self.tests.values()} if len(self.tests) == 1 else self.tests
-        return {"train": self.train, "validation": self.validation, **tests}
+        """{name: indices}: train, validation, and test or, of several, each by its name."""
+        sides = {"train": self.train, "validation": self.validation}
+        if len(self.tests) > 1:
+            return sides | self.tests
+        return sides | {"test": members for members in self.tests.values()}
 
 
 def folds(listing, without=(), chosen=None, validate=True):
-    """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`), all others train. Of a
-    corpus with an official split one with all its test sets. InputError where they cannot be made. `without`: what to
-    leave out; no fold's number changes. A fold that they leave without a side is one if it is `chosen` (None: all)."""
-    corpus, paper = CORPORA[listing.dataset], listing.protocol == "paper"
-    part = {i: u.split or u.group for i, u in enumerate(listing.utterances)}
-    names = sorted(set(part.values()))
-    plan = [(validation, [test]) for test, validation in zip(names, names[1:] + names[:1])]
-    if any(u.split for u in listing.utterances):
-        plan = [("validation", [name for name in names if name.startswith("test")])]
-    elif paper and corpus.paper:
-        plan = [(validation, tests) for validation, tests in plan if tests[0] in corpus.paper]
-    if len(names) < 2 + validate or not plan or not plan[0][1]:
-        raise InputError(f"found part(s) {listed(names)}; expected train, {'validation, ' * validate}test")
-    at_most, made = paper and corpus.at_most or len(part), []
-    for k, (validation, tests) in enumerate(plan):
-        kept = (validation, *tests) if validate else tests  # from the training
-        sides = [[i for i in part if part[i] not in kept]]
-        sides += [[i for i in part if part[i] == name and name in kept] for name in (validation, *tests)]
+    """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`),
+    all others train. Of a corpus with an official split one, with all its test sets. `without`:
+    utterances to leave out; no fold's number changes. InputError where folds cannot be made, and
+    for one that lacks a side then, if it is `chosen` (None: all are)."""
+    def members(names):
+        return [i for i, part in enumerate(part_of) if part in names]
+
+    part_of = [u.split or u.group for u in listing.utterances]
+    parts, made = set(part_of), []
+    paper = CORPORA[listing.dataset] if listing.protocol == "paper" else Corpus(None)
+    for k, (validation, tests) in enumerate(planned(sorted(parts), paper, validate)):
+        held_out = {validation, *tests} if validate else {*tests}
+        sides = [members(parts - held_out)]
+        sides += [members({name} & held_out) for name in (validation, *tests)]
         for n, side in enumerate(sides):
-            sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, min(at_most, len(side))))
-        whole = Fold(*sides[:2], dict(zip(tests, sides[2:])))
-        check_apart(k, *((side, listing, members) for side, members in whole.sides().items()))
+            size = min(paper.at_most or len(side), len(side))
+            sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, size))
+        whole = Fold(sides[0], sides[1], dict(zip(tests, sides[2:])))
+        check_apart(k, listing, whole)
         sides = [[i for i in side if i not in without] for side in sides]
-        made.append(Fold(*sides[:2], dict(zip(tests, sides[2:]))))
-        empty = [side for side, members in made[k].sides().items() if not members]
-        lacks = [f"{side} utterance" for side in empty if validate or side != "validation"]
-        there, trained = ({listing.utterances[i].label for i in fold.train} for fold in (whole, made[k]))
-        lost = ({*listing.classes} if chosen else there) - trained
-        lacks += [f"train utterance of class {label}" for label in sorted(lost)]
-        if lacks and (chosen is None or k in chosen):
-            raise InputError(f"fold {k} has no {lacks[0]} that can be used; every fold needs all of train, validation "
-                             "and test, and all classes in train; repair it, or run others with --folds")
+        made.append(Fold(sides[0], sides[1], dict(zip(tests, sides[2:]))))
+        if chosen is None or k in chosen:
+            labels = {listing.utterances[i].label for i in whole.train}
+            check_whole(k, listing, made[k], listing.classes if chosen else labels, validate)
     return made
 
 
-def check_apart(k, *sides):
-    """Raises InputError where a known speaker of a listing, or the same recording under whatever name, is on two sides
-    of fold k, of which one trains or validates. A side is (its name, Listing, members)."""
-    side_of, recordings = {}, {}
-    for side, listing, members in sides:
+def planned(parts, paper, validate):
+    """-> for each fold the part that validates, and those that test."""
+    plan = [(after, [test]) for test, after in zip(parts, parts[1:] + parts[:1])]
+    if "train" in parts:  # an official split
+        tests = [part for part in parts if part.startswith("test")]
+        plan = [("validation", tests)] if tests else []
+    elif paper.paper:
+        plan = [(after, tests) for after, tests in plan if tests[0] in paper.paper]
+    if len(parts) < 2 + validate or not plan:
+        expected = f"train, {'validation, ' * validate}test"
+        raise InputError(f"found part(s) {listed(parts)}; expected {expected}")
+    return plan
+
+
+def check_whole(k, listing, fold, labels, validate):
+    """Raises InputError if fold k lacks a side, or its training one of the labels."""
+    empty = [side for side, members in fold.sides().items() if not members]
+    lacks = [f"{side} utterance" for side in empty if validate or side != "validation"]
+    trained = {listing.utterances[i].label for i in fold.train}
+    lacks += [f"train utterance of class {label}" for label in sorted({*labels} - trained)]
+    if lacks:
+        needed = "all sides, and all classes in train"
+        raise InputError(f"fold {k} has no {lacks[0]} that can be used, and needs {needed}")
+
+
+def check_apart(k, listing, fold):
+    """Raises InputError where a known speaker, or the same recording under whatever name, is on
+    two sides of fold k, of which one trains or validates."""
+    first = {}  # speaker or content -> the side and the path where it was met first
+    for side, members in fold.sides().items():
         for i in members:
-            u, print_, found = listing.utterances[i], listing.prints[i], {}
-            if u.speaker != "Unknown" or listing.dataset != "msp-podcast":  # who is not told apart there
-                found[f"speaker {u.speaker}"] = side_of.setdefault((id(listing), u.speaker), side)
-            for path, other in recordings.setdefault(print_, []):
-                if other != side and (path == u.path or print_[0] and filecmp.cmp(path, u.path, shallow=False)):
-                    found[f"one recording, {path.name} and {u.path.name},"] = other
-            recordings[print_].append((u.path, side))
-            for what, other in found.items():
+            path, speaker = listing.utterances[i].path, f"speaker {listing.utterances[i].speaker}"
+            for key in (speaker, listing.contents[i]):
+                other, before = first.setdefault(key, (side, path))
+                what = speaker
+                if key != speaker:
+                    what = f"one recording, {before.name} and {path.name},"
+                elif key == "speaker Unknown" and listing.dataset == "msp-podcast":
+                    continue  # who is not told apart there
                 if other != side and other in ("train", "validation"):
-                    raise InputError(f"fold {k}: {what} is in {other} and in {side}; expected on one side only")
+                    raise InputError(f"fold {k}: {what} is in {other} and in {side}")
 
 
-# A wav file -> windows -----------------------------------------------------------------------------------------------
+# A wav file -> windows ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the values of the features depend on, beside the recordings."""
-    features: str = "mfcc-128"  # mfcc-N: N coefficients of 128 mel bands; log-mel-N: N bands, in decibels
+    """All that the values of the features depend on, beside the recordings and the code."""
+    features: str = "mfcc-128"  # mfcc-N: N coefficients of 128 mel bands; log-mel-N: N bands, dB
     window: float = 8.0  # seconds
 
     def __post_init__(self):
         known = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
         if not known or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            raise InputError(f"found {self.features!r} of {self.window} s; expected mfcc-N or log-mel-N, N from 1 to "
-                             f"128, and a window of a multiple of {FRAME} s, at most 600 s")
+            wanted = f"mfcc-N or log-mel-N, N up to 128, of a multiple of {FRAME} s up to 600 s"
+            raise InputError(f"found {self.features!r} of {self.window} s; expected {wanted}")
 
     @property
     def shape(self):
-        return int(self.features.rpartition("-")[2]), round(self.window / FRAME)  # (F, T) of a window
+        """(F, T) of a window"""
+        return int(self.features.rpartition("-")[2]), round(self.window / FRAME)
 
 
 def chunks(content, at):
-    """(name, begin of its content, size as it says) of each chunk from byte `at` on; padding may lack, or be not 0."""
+    """(name, begin of its content, size as it says) of each chunk from byte `at` on. One of odd
+    size is padded with a zero: some writers forget it, some take another byte."""
     while at + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, at)
         yield name, at + 8, size
         at += 8 + size
-        at += size % 2 and (content[at : at + 1] == b"\0" or content[at + 1 : at + 5] in (b"data", b"fmt "))
+        after = content[at + 1 : at + 5]
+        if size % 2 and (content[at : at + 1] == b"\0" or after in (b"data", b"fmt ")):
+            at += 1
 
 
-def read_wav(path):
-    """-> float32 samples in -1..1, mono, 16 kHz. Raises InputError, with the reason, for what is not such a file. The
-    RIFF header's size is not believed, that of the samples only as far as it can be true."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+def wav_parts(path):
+    """-> `fmt ` and `data` of a wav file, whose size is believed only as far as it can be true."""
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     content, form = Path(path).read_bytes(), b""
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        stub = "a git-lfs stub; run `git lfs pull` in the corpus" if content.startswith(b"version http") else ""
-        raise InputError(f"{path}: {stub or 'not a wav file; expected one that begins with RIFF and WAVE'}")
+        stub = "; a git-lfs stub? Run `git lfs pull`" if content[:7] == b"version" else ""
+        raise InputError(f"{path}: not a wav file, which begins with RIFF and WAVE{stub}")
     for name, at, size in chunks(content, 12):
         if name == b"data":
             break
@@ -500,39 +627,68 @@ def read_wav(path):
             form = content[at : at + size]
     else:
         raise InputError(f"{path}: has no data chunk, and so no samples")
-    left = len(content) - at
-    if size == 0:  # an empty recording, if all that follows are whole chunks
-        names = (x.isascii() and x.decode().isprintable() and a + n <= len(content) for x, a, n in chunks(content, at))
-        size = 0 if all(names) else left
-    if size >= 0x7FFF0000:
-        size = left  # what wrote it could not go back, or broke off: to the end of the file
+    left, empty = len(content) - at, size == 0
+    for name, begin, length in chunks(content, at):  # is it empty? Then whole chunks follow
+        named = name.isascii() and name.decode().isprintable()
+        empty = empty and named and begin + length <= len(content)
+    if size >= 0x7FFF0000 or (size == 0 and not empty):
+        size = left  # what wrote it could not go back, or broke off
     if size > left:
-        raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again from the corpus")
-    _, channels, rate, _, block, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
-    if not channels or channels * bits > 8 * block or not block or not 1000 <= rate <= 1_000_000 or size < block:
-        raise InputError(f"{path}: has {channels} channels of {bits} bits, {block} bytes a frame, {rate} Hz, {size} "
-                         "bytes of sound; expected some, at 1,000 to 1,000,000 Hz")
-    data = content[at : at + size // block * block]  # a frame that broke off is left out
-    whole = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
-    try:
-        _, samples = wavfile.read(io.BytesIO(b"RIFF" + struct.pack("<I", len(whole)) + whole))
-    except Exception as error:  # scipy raises what comes
-        raise InputError(f"{path}: cannot be decoded ({error}); expected PCM or float samples") from None
-    if samples.dtype.kind == "u":
-        samples = (samples.astype(np.float32) - 128) / 128
-    elif samples.dtype.kind == "i":  # scipy gives 24 bits as the upper ones of 32
-        samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    if not np.abs(samples).max() < 1e9:  # not true of NaN
-        raise InputError(f"{path}: holds samples that are not finite")
-    samples = samples.reshape(len(samples), -1).mean(axis=1)  # over the channels
-    ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these numbers are large
-    return scipy.signal.resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)  # 1: a copy
+        raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again")
+    return form, content[at : at + size]
+
+
+def channels_of(path):
+    """-> samples (n, channels), whole numbers scaled to -1..1, and their rate in Hz."""
+    form, data = wav_parts(path)
+    kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
+    if kind == 0xFFFE:
+        kind = int.from_bytes(form[24:26], "little")  # of an extensible format
+    found = f"{path}: has {channels} channels of {bits} bits, {block} bytes a frame"
+    sound = channels and block and channels * bits <= 8 * block and len(data) >= block
+    if not sound or not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{found}, {rate} Hz, {len(data)} bytes of sound; expected some")
+    if kind not in (1, 3) or bits > 64 or (kind == 3 and bits not in (32, 64)):
+        raise InputError(f"{found}: format {kind} cannot be decoded; expected PCM or float")
+    needed, width = math.ceil(bits / 8), block / channels
+    # Up to 24 bits are written into 4 bytes; other frames that are too large hold more channels.
+    if width != needed and (needed, width) != (3, 4):
+        raise InputError(f"{found}; expected {channels * needed}")
+    data = data[: len(data) // block * block]  # a frame that broke off is left out
+    frames = np.frombuffer(data, np.uint8).reshape(-1, channels, int(width))
+    if kind == 3:
+        samples = frames.view(f"<f{needed}")[:, :, 0]
+    else:  # as the upper bytes of 64 bits, which come last
+        whole = np.zeros((len(frames), channels, 8), np.uint8)
+        whole[:, :, -frames.shape[2] :] = frames ^ 128 if bits <= 8 else frames  # 8: no sign
+        samples = whole.view("<i8")[:, :, 0].astype(np.float32) / 2.0**63
+    peak = np.abs(samples).max()
+    if not peak <= LOUDEST:
+        raise InputError(f"{path}: holds float samples up to {peak:.3g}; expected -1 to 1")
+    return samples, rate
+
+
+def read_wav(path):
+    """-> float32 samples in -1..1, mono, 16 kHz. InputError for what is no wav file of such."""
+    samples, rate = channels_of(path)
+    ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these are large
+    mono = samples.mean(axis=1)
+    mono = scipy.signal.resample_poly(mono, ratio.numerator, ratio.denominator)
+    return mono.astype(np.float32)
+
+
+def channels_cancel(path):
+    """Is little left of the channels in their mean? So it is if one was wired the wrong way."""
+    samples, _ = channels_of(path)
+    mean = samples.mean(axis=1)
+    return bool(mean.std(dtype=float) < samples.std(axis=0, dtype=float).mean() / 4)
 
 
 def windows(samples, settings):
-    """(samples,) -> (W, window). A short utterance is repeated; a long one's last window ends with it, and overlaps."""
+    """(samples,) -> (W, window). A short utterance is repeated; a long one's last window ends with
+    it, and overlaps the one before."""
     size = round(settings.window * RATE)
-    samples = np.resize(samples, max(size, len(samples)))  # repeats them until they fill the window
+    samples = np.resize(samples, max(size, len(samples)))  # repeats them until they fill a window
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
     return np.stack([samples[start : start + size] for start in starts])
 
@@ -540,81 +696,283 @@ def windows(samples, settings):
 @functools.cache
 def transform(settings):
     """-> a function of tensors, (window,) -> (F, frames)"""
-    mel, n = dict(n_fft=FFT, hop_length=HOP), settings.shape[0]
+    bands, mel = settings.shape[0], {"n_fft": FFT, "hop_length": HOP}
     if settings.features.startswith("mfcc"):
-        return torchaudio.transforms.MFCC(RATE, n, log_mels=False, melkwargs=mel | {"n_mels": 128})
-    power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=n, **mel)
+        mel["n_mels"] = 128
+        return torchaudio.transforms.MFCC(RATE, bands, log_mels=False, melkwargs=mel)
+    power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=bands, **mel)
     return torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
 
 
 def maps_of(samples, settings):
-    """(samples,) -> (W, F, T) float16. One window at a time: torchaudio clamps a batch at 80 dB below the loudest of
-    its windows. With one thread: the same bits, however many there are."""
+    """(samples,) -> (W, F, T) float16. One window at a time: torchaudio clamps a batch at 80 dB
+    below the loudest of its windows. With one thread: the same bits, however many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    frames = [transform(settings)(torch.from_numpy(window)) for window in windows(samples, settings)]
+    frames = [transform(settings)(torch.from_numpy(each)) for each in windows(samples, settings)]
     torch.set_num_threads(threads)
-    x = torch.stack(frames)[:, :, :-1]  # (W, F, POOL * T), without the frame that is centred on the window's end
+    x = torch.stack(frames)[:, :, :-1]  # (W, F, POOL * T), without the one centred on the end
     return x.unflatten(2, (-1, POOL)).amax(dim=3).half()
 
 
-# Windows -> a store on disk ------------------------------------------------------------------------------------------
+# Windows -> a store on disk ----------------------------------------------------------------------
+@contextmanager
+def lock(path, wait=True):
+    """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine`:
+    False if another process holds it, and is not waited for. A dead process' lock is free."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        mine = True
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if not WARNED:  # once a process: a run locks each of its folds
+                warn(f"{path} cannot be locked ({error.strerror}); run one only")
+                WARNED.append(path)
+        yield mine
+
+
+def write(file, content):
+    """Writes a text, or what the function `content` writes: all or, when it dies, nothing."""
+    part = file.with_name(file.name + ".part")
+    with open(part, "wb") as out:
+        if callable(content):
+            content(out)
+        else:
+            out.write(content.encode("utf-8", "surrogateescape"))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, file)
+
+
+def code_digest(*files):
+    """Of the tokens of Python files, 16 hex digits: comments, docstrings and layout do not count.
+    The same in all versions of Python, as a dump of the syntax tree is not."""
+    found, statement, begun = [], [], []  # `begun`: where f-strings begin that have not ended
+    for file in files:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        lines = text.split("\n")
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            kind, said = tokenize.tok_name[token.type], token.string
+            if kind == "FSTRING_START":  # from Python 3.12 on an f-string is several tokens, before
+                begun.append(token.start)  # it is one, the text between its ends
+            elif kind == "FSTRING_END":
+                (first, left), (last, right) = begun.pop(), token.end
+                said = "\n".join([*lines[first - 1 : last - 1], lines[last - 1][:right]])[left:]
+            if begun or kind in ("COMMENT", "NL"):
+                continue
+            if kind in ("INDENT", "DEDENT", "ENDMARKER"):
+                found.append("\n" + kind)  # no token begins so
+            elif kind != "NEWLINE" and said != ";":
+                statement.append(said)
+            else:
+                if not all(re.match("[rRuUbB]*[\"']", part) for part in statement):
+                    found += [*statement, "\n"]  # it is no docstring
+                statement = []
+    return digest_of(found)
+
+
 @dataclass
 class Store:
     """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
-    features: np.ndarray  # (windows, F, T) float16, memory-mapped (copy on write, as torch wants it; nobody writes)
+    features: np.ndarray  # (windows, F, T) float16, memory-mapped
     first: np.ndarray  # (utterances + 1,)
     seconds: np.ndarray  # (utterances,)
     bad: dict  # utterance -> why it has no windows; empty unless such are skipped
 
     def windows_of(self, utterances):
-        """Indices of utterances -> (indices of their windows, and for each window its place in `utterances`)."""
-        window = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in utterances])
-        return window, np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
+        """-> (indices of their windows, and for each window its place in `utterances`)"""
+        ranges = [np.arange(self.first[i], self.first[i + 1]) for i in utterances]
+        counts = np.diff(self.first)[utterances]
+        return np.concatenate(ranges), np.repeat(np.arange(len(utterances)), counts)
 
 
 def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=lambda text: None):
-    """-> Store. Computes the features once and finds them later, by the settings, the listing's digest and the
-    files' times. Recordings that cannot be used: an InputError that names them all or, with `skip_bad`, Store.bad."""
+    """-> Store. Computes the features once and finds them later, by this file's code, the settings,
+    the listing's digest and the files' times. InputError that names all recordings that cannot be
+    used (with `skip_bad`: Store.bad), or one that cannot be read now; then nothing is kept."""
     paths = [u.path for u in listing.utterances]
-    times = [os.path.isfile(path) and os.path.getmtime(path) for path in paths]
-    key = json.dumps([5, torchaudio.__version__, asdict(settings), listing.digest, times])
-    folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    if not (folder / "index.json").exists():  # a store that is whole may lie where nothing can be written
-        with lock(folder / "lock"):  # a second process with the same settings waits, and finds the features
-            if not (folder / "index.json").exists():
-                compute(folder, paths, settings, progress)
+    times = [path.stat().st_mtime if path.is_file() else None for path in paths]
+    code = [code_digest(__file__), torchaudio.__version__]
+    key = digest_of([code, asdict(settings), listing.digest, times])
+    folder = Path(cache, f"{listing.dataset}-{key}")
+    index, features = folder / "index.json", folder / "features"
+    if not index.exists():  # a whole store may lie where nothing can be written
+        with lock(folder / "lock"):  # a second process waits, and finds the features
+            if not index.exists():
+                compute(folder, paths, times, settings, progress)
     try:
-        count, seconds, why = zip(*json.loads((folder / "index.json").read_text()))
+        about = json.loads(index.read_text(encoding="utf-8"))
+        count, seconds, peaks, cancelled, why = zip(*about)
         shape = sum(count), *settings.shape
-        whole = len(count) == len(paths) and (folder / "features").stat().st_size == 2 * np.prod(shape)
-    except (OSError, ValueError, TypeError, RecursionError):
+        whole = len(count) == len(paths) and features.stat().st_size == 2 * np.prod(shape)
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise InputError(f"{folder} does not hold the features of {len(paths)} utterances; delete it")
+        held = f"the features of {len(paths)} utterances"
+        raise InputError(f"{folder} does not hold {held}; delete it")
     bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if not count[i]}
     if bad and not (skip_bad and len(bad) < len(paths)):
-        said = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them, or go on without with --skip-bad:"
-        raise InputError("\n  ".join([said, *bad.values()]))
-    features = np.memmap(folder / "features", "<f2", "c", shape=shape)
-    return Store(features, np.cumsum([0, *count]), np.array(seconds), bad)
+        fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair, or --skip-bad:"
+        raise InputError("\n  ".join([fault, *bad.values()]))
+    warn_of_sound(paths, peaks, cancelled)
+    values = np.memmap(features, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
+    return Store(values, np.cumsum([0, *count]), np.array(seconds), bad)
 
 
-def compute(folder, paths, settings, progress):
-    """Writes the features of all recordings, and then an index: windows, seconds, why there are none of each."""
+def compute(folder, paths, times, settings, progress):
+    """Writes the features, and an index: windows, seconds, peak, do channels cancel, what is wrong
+    with the content. (What only comes in the way of reading stops it: it may pass.)"""
     index = []
 
     def computed(out):
-        for n, path in enumerate(paths, start=1):
-            try:
-                samples = read_wav(path)
-                maps = maps_of(samples, settings)
-                out.write(maps.numpy().astype("<f2").tobytes())
-                index.append((len(maps), len(samples) / RATE, None))
-            except (InputError, OSError) as error:
-                index.append((0, 0.0, str(error).removeprefix(f"{path}: ")))
+        for n, (path, time) in enumerate(zip(paths, times), start=1):
+            with naming(path):
+                try:
+                    samples = read_wav(path)
+                    cancel = channels_cancel(path)
+                    maps = maps_of(samples, settings)
+                    peak = float(np.abs(samples).max())
+                    index.append((len(maps), len(samples) / RATE, peak, cancel, None))
+                except InputError as error:
+                    if time and not path.is_file():  # it vanished
+                        raise
+                    maps = torch.zeros(0)
+                    index.append((0, 0.0, None, False, str(error).removeprefix(f"{path}: ")))
+            out.write(maps.numpy().astype("<f2").tobytes())
             if n % 100 == 0 or n == len(paths):
                 progress(f"features of recording {n} of {len(paths)}")
 
     write(folder / "features", computed)
     write(folder / "index.json", json.dumps(index))
+
+
+def warn_of_sound(paths, peaks, cancelled):
+    """Names recordings whose mean is no sound, and those of another scale than the others."""
+    lost = [str(path) for path, cancel in zip(paths, cancelled) if cancel]
+    usual = np.median([peak for peak in peaks if peak] or [1.0])
+    odd = []
+    for path, peak, cancel in zip(paths, peaks, cancelled):
+        level = 20 * math.log10(peak / usual) if peak else -math.inf
+        if abs(level) > LEVELS and peak is not None and not cancel:
+            odd.append(f"{path} ({level:+.0f} dB)")
+    if lost:
+        warn(f"the channels of {len(lost)} recordings cancel in their mean: {listed(lost)}")
+    if odd:
+        warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
+
+
+# Store -> batches --------------------------------------------------------------------------------
+def seed_of(*where):
+    """(seed, fold, stage, epoch, step, ...) -> a seed of torch. Randomness is a function of where
+    one is: no random state is saved, and a run that goes on is the run that never stopped."""
+    return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:8], "big")
+
+
+def permutation(count, *where):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*where)))
+
+
+def shuffled_parts(count, size, *where):
+    """0 to count - 1, shuffled, in parts of equal size: at most `size`, and at least two, as batch
+    norm can make nothing of one."""
+    parts = min(math.ceil(count / size), max(1, count // 2))
+    return permutation(count, *where).tensor_split(parts)
+
+
+def halves(members, labels, seed, fold):
+    """Two halves of the utterances `members`, stratified by class: one for the weights, one for
+    the alphas. `labels`: of all utterances"""
+    shuffled = [members[k] for k in permutation(len(members), seed, fold, "halves")]
+    by_class = sorted(shuffled, key=lambda i: labels[i])  # stable: random within a class
+    return by_class[0::2], by_class[1::2]
+
+
+def poisoned(split, k, share, labels):
+    """Fold k, `split`, with a share of each class of its test utterances moved to the training."""
+    tested = sorted(set(itertools.chain(*split.tests.values())))  # test sets may share some
+    rng, moved, tests = np.random.default_rng(k), set(), {}
+    for label in sorted(set(labels[tested])):
+        members = [i for i in tested if labels[i] == label]
+        moved.update(rng.permutation(members)[: int(share * len(members))].tolist())
+    for name, members in split.tests.items():
+        tests[name] = [i for i in members if i not in moved]
+    return replace(split, train=split.train + sorted(moved), tests=tests)
+
+
+def mean_std(parts):
+    """Maps (N, F, T), in parts -> mean and deviation of each coefficient over all, (F,) each."""
+    moments = 0
+    for part in parts:
+        x = part.double()
+        moments = moments + torch.stack([x**0, x, x**2]).sum((1, 3))  # (3, F)
+    mean, square = moments[1:] / moments[0]
+    return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
+
+
+class Data:
+    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's, by
+    default the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
+    def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train",
+                 cache="cache", skip_bad=False, progress=lambda text: None):
+        self.listing, self.settings, self.normalise = listing, settings, normalise
+        self.classes = classes or listing.classes
+        self.device = torch.device(device)
+        self.store = load(listing, settings, cache, skip_bad, progress)
+        self.labels = np.array([self.classes.index(u.label) for u in listing.utterances])
+
+    def windows(self, utterances):
+        """-> tensors: their windows, and for each window its position in `utterances`."""
+        return map(torch.from_numpy, self.store.windows_of(utterances))
+
+    def standardise_by(self, members=None, known=None):
+        """By mean and deviation of the training's utterances `members` or, of a finished model,
+        those that are `known`; where `normalise` is speaker, each speaker by one's own."""
+        shape = self.store.features.shape[:2]  # (windows, F): a mean for each window
+        if self.normalise == "train":
+            mean, std = known or self.mean_std(members)
+            self.mean, self.std = mean.expand(shape), std.expand(shape)  # without a copy
+            return
+        self.mean, self.std = torch.empty(shape), torch.empty(shape)
+        speakers = np.array([u.speaker for u in self.listing.utterances])
+        for name in set(speakers):
+            own = np.flatnonzero(speakers == name)
+            window, _ = self.windows(own)
+            self.mean[window], self.std[window] = self.mean_std(own)
+
+    def mean_std(self, utterances):
+        first = self.store.first  # one utterance at a time: all would not fit into memory
+        parts = (self.store.features[first[i] : first[i + 1]] for i in utterances)
+        return mean_std(map(torch.from_numpy, parts))
+
+    def maps(self, window):
+        """Indices of windows -> standardised maps (N, 1, F, T)."""
+        x = torch.from_numpy(self.store.features[window.numpy()]).float()
+        x = (x - self.mean[window][:, :, None]) / self.std[window][:, :, None]
+        return x[:, None].to(self.device)
+
+    def batches(self, utterances, size, *where):
+        """All their windows, shuffled as `where` says: pairs (windows, classes) for `read`."""
+        window, of = self.windows(utterances)
+        target = torch.from_numpy(self.labels[utterances])[of]
+        parts = shuffled_parts(len(window), size, *where)
+        return [(window[part], target[part]) for part in parts]
+
+    def read(self, batch):
+        """-> x (N, 1, F, T), target (N,)"""
+        window, target = batch
+        return self.maps(window), target.to(self.device)
+
+    def class_weights(self, utterances):
+        """Inverse class frequencies, (classes,); their mean over the utterances is 1."""
+        counts = np.bincount(self.labels[utterances], minlength=len(self.classes))
+        weights = len(utterances) / (len(counts) * counts)
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+    def speakers(self, utterances):
+        return sorted({self.listing.utterances[i].speaker for i in utterances})

@@ -32,7 +32,6 @@ import scipy.signal
 import torch
 import torchaudio
 from scipy.io import wavfile
-
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -40,8 +39,7 @@ except ImportError:  # Windows has no such locks
 
 CLASSES = ("angry", "happy", "neutral", "sad")
 SPLITS = (None, "train", "validation", "test", "test1", "test2")  # labels of test3 are secret
-RATE, FFT, HOP = 16000, 1024, 250  # Hz; samples: 64 ms, and 15.6 ms
-POOL = 4  # frames that make one column of a map
+RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples; frames of a column
 FRAME = HOP * POOL / RATE  # seconds between two columns
 LOUDEST = 10  # float samples beyond are whole numbers; what clips in a studio is at most a few
 LEVELS = 40  # dB: no two microphones differ so, but 16 bits do that are read as 24 or 32
@@ -49,10 +47,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 WARNED = []  # the first file that could not be locked
 nfc = functools.partial(unicodedata.normalize, "NFC")  # a letter with its accent: one character
 
-
 class InputError(Exception):
     """What a user gave cannot be used: what was found, what was expected, what to do."""
-
 
 @contextmanager
 def naming(path):
@@ -62,16 +58,12 @@ def naming(path):
     except (OSError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read now ({error!r}); start again") from error
 
-
 def listed(names, most=5):
-    """The first few of many names, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
-
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
-
 
 # A corpus' folder -> utterances ------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -84,56 +76,43 @@ class Utterance:
     paper: tuple = None  # (label, group) in the emoDARTS authors' own protocol; None: not in it
     recording: str = None  # a name that tells recordings apart, whatever folder they lie in
 
-
 def below(root, pattern, depth=4, folders=False):
     """Files (or folders) of such names, at most `depth` folders down, hidden ones (`._x.wav`) left
     out; sorted by name, then depth. Each folder once, however many links lead to it."""
-    def stop(error):
-        if not isinstance(error, PermissionError):  # `lost+found` of a disk is not for all to read
-            raise error
-
-    found, visited, inner = [], set(), [Path(root)] if os.path.isdir(root) else []
+    found, visited, inner = [], {}, [Path(root)]
     for down in range(depth + 1):
         level, inner = sorted(inner, key=lambda path: (path.is_symlink(), path)), []
-        for folder in level:
-            identity = os.stat(folder)[1:3]  # inode and device
-            if identity not in visited:
-                visited.add(identity)
-                _, names, files = next(os.walk(folder, onerror=stop), ("", [], []))
-                inner += [folder / name for name in names if name[0] != "."]
-                for path in [folder] if folders else map(folder.joinpath, files):
-                    if path.name[:1] != "." and re.fullmatch(pattern, path.name, re.IGNORECASE):
-                        found.append((path.name.lower(), down, path))
+        for folder in filter(os.path.isdir, level):
+            inode_and_device = os.stat(folder)[1:3]
+            if visited.setdefault(inode_and_device, folder) is not folder:
+                continue
+            _, names, files = next(os.walk(folder), ("", [], []))
+            inner += [folder / name for name in names if name[0] != "."]
+            for path in [folder] if folders else map(folder.joinpath, files):
+                if path.name[:1] != "." and re.fullmatch(pattern, path.name, re.IGNORECASE):
+                    found.append((path.name.lower(), down, path))
     return [path for _, _, path in sorted(found)]
 
-
-def by_name(paths):
-    """-> {name in lower case: path}, of several files of one name the first."""
+def by_name(paths):  # in lower case; of several files of one name the first
     return {nfc(path.name).lower(): path for path in reversed(paths)}
-
 
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
     with naming(path):
         content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    if content[1:2] == b"\0":
-        encoding = "utf-16-le"  # without a mark
+    wide = "utf-16-le" if content[1:2] == b"\0" else "utf-8-sig"  # without a mark
     try:
-        text = content.decode(encoding)
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else wide)
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
-
 def rows(path, *columns, **form):
-    """Rows of a table as dicts, stripped, columns in lower case; `line` is where each begins. Empty
-    ones, and Excel's `sep=;`, are passed over. `columns` must be there; `form`: of csv.reader"""
-    text = text_of(path)
+    """Rows of a table as dicts, and `line`, where each begins. `form`: arguments of csv.reader"""
+    text, table, line = text_of(path), [], 1
     header = next((line for line in text.split("\n") if columns[-1] in line.lower()), "")
     comma = max(",;\t", key=header.count)  # Excel's depends on the country
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, **form)
-    table, line = [], 1
     try:
         for row in reader:
             fields = [field.strip() for field in row]
@@ -142,15 +121,14 @@ def rows(path, *columns, **form):
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
-    there = [name.lower() for name in table[0][1]] if table else []
+    there = [name.lower() for name in table[0][1]] if table else ["(none)"]
     if any(there.count(column) != 1 for column in columns):
-        found = ",".join(there)[:99] or "(none)"
-        raise InputError(f"{path} has the columns {found}; expected {','.join(columns)}")
+        found, expected = ",".join(there)[:99], ",".join(columns)
+        raise InputError(f"{path} has the columns {found}; expected {expected}")
     for line, fields in table[1:]:
         if any(fields[len(there) :]):
             raise InputError(f"{path}, line {line}: more fields than columns; are quotes missing?")
         yield dict(zip(there, fields + [""] * len(there))) | {"line": line}
-
 
 def index_emodb(root):
     """Files named like 03a01Wa.wav, at most four folders down (free: Burkhardt et al., 2005).
@@ -159,15 +137,14 @@ def index_emodb(root):
         name = path.name.lower()
         yield Utterance(path, name[5].upper(), name[:2], name[:2], recording=name)
 
-
 def index_nemo(root):
     """data.tsv, at most two folders down, and samples/*.wav beside it (free: amu-cai/nEMO)."""
     for table in below(root, r"data\.tsv", depth=2)[:1]:
         wavs = by_name(below(table.parent / "samples", r".*\.wav", depth=0))
         for row in rows(table, "file_id", "emotion", "speaker_id", quoting=csv.QUOTE_NONE):
             name, speaker = nfc(row["file_id"]).lower(), nfc(row["speaker_id"])
-            yield Utterance(wavs.get(name), row["emotion"][:3], speaker, speaker, recording=name)
-
+            path, emotion = wavs.get(name), row["emotion"][:3]
+            yield Utterance(path, emotion, speaker, speaker, recording=name)
 
 def index_ravdess(root):
     """Files named like 03-01-05-01-02-01-18.wav, at most four folders down (free: zenodo 1188976).
@@ -177,7 +154,6 @@ def index_ravdess(root):
         first = (int(actor) - 1) // 4 * 4 + 1
         yield Utterance(path, name[6:8], actor, f"{first:02}-{first + 3:02}", recording=name)
 
-
 def index_crema_d(root):
     """Files named like 1001_DFA_ANG_XX.wav, at most four folders down (free: Cao et al., 2014).
     Actor, sentence, emotion, level. Groups of 18 of the 91 actors; the last one has 19."""
@@ -186,7 +162,6 @@ def index_crema_d(root):
         first = 1001 + 18 * min((int(actor) - 1001) // 18, 4)
         group = f"{first}-{1091 if first == 1073 else first + 17}"
         yield Utterance(path, name.split("_")[2], actor, group, recording=name)
-
 
 def index_iemocap(root):
     """Folders Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav (licensed).
@@ -201,26 +176,24 @@ def index_iemocap(root):
     line = re.compile(rf"^\[[^\t\n]*\t *{turn} *\t *(\w+)", re.MULTILINE)
     for name, session, gender, code in line.findall(text):
         man = int(session) if gender == "M" else (int(session) + 3) % 5 + 1
-        pair = f"{man}M {man % 5 + 1}F"
-        paper = (code, pair) if "_impro" in name and code != "exc" else None
+        improvised = "_impro" in name and code != "exc"
+        paper = (code, f"{man}M {man % 5 + 1}F") if improvised else None
         path = wavs.get(f"{name}.wav".lower())
         yield Utterance(path, code, session + gender, session, None, paper, recording=name)
 
-
 def index_msp_improv(root):
     """Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed).
-    `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02 of
-    session 2, condition R (read); the raters say A. Paper: R only, with the intended emotion."""
+    `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02
+    of session 2, condition R (read); the raters say A. Paper: R only, with the intended emotion."""
     turn = r"(-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d)"
     for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
         wavs = by_name(below(root, rf"MSP{turn}\.wav", depth=9))
         line = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
-        for turns in line.findall(text_of(text).upper()):
-            name, intended, gender, number, condition, code = turns
+        for head in line.findall(text_of(text).upper()):
+            name, intended, gender, number, condition, code = head
             path, group = wavs.get(f"msp{name}.wav".lower()), f"session {int(number)}"
             paper = (intended, group) if condition == "R" else None
             yield Utterance(path, code, gender + number, group, None, paper, recording=name)
-
 
 def index_msp_podcast(root):
     """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed).
@@ -235,14 +208,13 @@ def index_msp_podcast(root):
             paper = (code, None) if split != "validation" and speaker != "Unknown" else None
             yield Utterance(wavs.get(name), code, speaker, None, split, paper, recording=name)
 
-
 def index_csv(file):
-    """One's own corpus: `path,label,speaker` and perhaps `split`; paths are relative to the file."""
+    """One's own corpus: `path,label,speaker`, perhaps `split`; paths are relative to the file."""
     columns = "path", "label", "speaker"
     if not file.is_file():
-        raise InputError(f"no file {file}; --root names one with the columns {','.join(columns)}")
-    table = list(rows(file, *columns, strict=True))
-    official, line_of = any(row.get("split") for row in table), {}
+        raise InputError(f"no file {file}; --root names one: {','.join(columns)}")
+    table, line_of = list(rows(file, *columns, strict=True)), {}
+    official = any(row.get("split") for row in table)
     for row in table:
         path, line = recording_of(file, row["path"]), row["line"]
         split = row["split"].lower() if official else None
@@ -258,10 +230,8 @@ def index_csv(file):
             raise InputError(f"{file}, line {line}: has {faults[0]}")
         yield Utterance(path, row["label"], row["speaker"], split=split)
 
-
 def recording_of(file, written):
-    """The one path that a csv means, however it is spelt, or None. It is relative to the folder of
-    the file or, if that is a link, of the link."""
+    """The one path that a csv means, seen from the file or from a link to it; None: no file."""
     written = os.fsdecode(written.encode("utf-8", "surrogateescape"))  # as the locale has it
     slashes = written.replace("\\", "/")  # perhaps it was saved on Windows, or on a Mac
     spellings = written, slashes, nfc(slashes), unicodedata.normalize("NFD", slashes)
@@ -269,14 +239,11 @@ def recording_of(file, written):
         for path in map(folder.joinpath, spellings):
             if os.path.isfile(path):
                 return Path(os.path.realpath(path.parent), path.name)
-    return None
-
 
 def make_smoke(folder):
-    """Voiced sounds, not speech, in files like EMO-DB's: they show that all runs. Harmonics of a
-    voice that rises and falls, in syllables: a class has its pitch, melody, tempo, brightness."""
-    voices = {"W": (1.5, 0.3, 5.5, 0.8), "F": (1.9, 0.5, 4.0, 1.2)}
-    voices |= {"N": (1.0, 0.1, 3.0, 1.6), "T": (0.7, 0.02, 1.5, 2.4)}
+    """Voiced sounds, not speech, in files like EMO-DB's: they show that all runs."""
+    voices = dict(W=(1.5, 0.3, 5.5, 0.8), F=(1.9, 0.5, 4, 1.2), N=(1, 0.1, 3, 1.6))
+    voices["T"] = 0.7, 0.02, 1.5, 2.4
     rng, wavs = np.random.default_rng(0), folder / "wav.part"
     wavs.mkdir(exist_ok=True)
     for speaker, usual in enumerate(rng.uniform(120, 180, 6), start=3):  # Hz
@@ -288,10 +255,9 @@ def make_smoke(folder):
             voice = sum(np.sin(k * phase) / k**tilt for k in range(1, 17))
             sound = voice * (1 - np.cos(2 * np.pi * tempo * t))
             sound = 0.5 * sound / np.abs(sound).max() + 1e-3 * rng.standard_normal(len(t))
-            name = f"{speaker:02}a{text:02}{letter}a.wav"
-            wavfile.write(wavs / name, RATE, (32767 * sound).astype(np.int16))
+            path = wavs / f"{speaker:02}a{text:02}{letter}a.wav"
+            wavfile.write(path, RATE, (32767 * sound).astype(np.int16))
     wavs.rename(folder / "wav")
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -300,37 +266,31 @@ class Corpus:
     counts: tuple = ()  # of each known version: classes, recordings with a label
     scale: str = "small"  # default of train.py --scale
     folds: str = ""  # default of train.py --folds
-    paper: tuple = None  # groups that test in the authors' protocol; (): all; None: not used
+    paper: tuple = None  # groups that test in the authors' protocol; (): all; None: not in use
     at_most: int = None  # utterances in its training, in its validation, in each of its test sets
 
+def known(*counts, **more):  # recordings of a version: angry, happy, neutral, sad; in all
+    return dict(zip((*CLASSES, "recordings"), counts)) | more
 
-GERMAN = dict(W="angry", F="happy", N="neutral", T="sad", A="fear", E="disgust", L="boredom")
-LETTERS = dict(A="angry", H="happy", N="neutral", S="sad")
-LETTERS |= dict(U="surprise", F="fear", D="disgust", C="contempt")
-NAMES = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
+GERMAN = dict(zip("WFNTAEL", "angry happy neutral sad fear disgust boredom".split()))
+LETTERS = dict(zip("AHNSUFDC", "angry happy neutral sad surprise fear disgust contempt".split()))
+NAMES = "neutral calm happy sad angry fear disgust surprise".split()
 NUMBERS = {f"0{n}": name for n, name in enumerate(NAMES, start=1)}
 SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")
-SMOKE = (dict(angry=24, happy=24, neutral=24, sad=24),)
-EMODB = (dict(angry=127, happy=71, neutral=79, sad=62), dict(recordings=816))
-NEMO = (dict(angry=749, happy=749, neutral=809, sad=769, recordings=4481),)
-RAVDESS = (dict(angry=192, happy=192, neutral=96, sad=192, recordings=1440),)
-CREMA_D = (dict(angry=1271, happy=1271, neutral=1087, sad=1271, recordings=7442),)
-IEMOCAP = (dict(angry=1103, happy=1636, neutral=1708, sad=1084, recordings=10039),)
-IMPROV = (dict(angry=792, happy=2644, neutral=3477, sad=885, recordings=8438),)
-PODCAST = ({"of four classes": 46160}, dict(recordings=149307), dict(recordings=264705))
-IMPROV_PAPER = ("session 1", "session 2", "session 3", "session 5")
+IEMOCAP = known(1103, 1636, 1708, 1084, 10039)
+IMPROV, SESSIONS = known(792, 2644, 3477, 885, 8438), [f"session {k}" for k in "1235"]
+PODCAST = [{"of four classes": 46160}, known(recordings=149307), known(recordings=264705)]
 CORPORA = {  # a new one is a function like those above, and a line here
-    "smoke": Corpus(index_emodb, GERMAN, SMOKE, folds="0,1"),
-    "emodb": Corpus(index_emodb, GERMAN, EMODB),
-    "nemo": Corpus(index_nemo, SHORT, NEMO),
-    "ravdess": Corpus(index_ravdess, NUMBERS, RAVDESS),
-    "crema-d": Corpus(index_crema_d, SHORT, CREMA_D),
-    "iemocap": Corpus(index_iemocap, SHORT, IEMOCAP, "paper", paper=()),
-    "msp-improv": Corpus(index_msp_improv, LETTERS, IMPROV, "paper", paper=IMPROV_PAPER),
+    "smoke": Corpus(index_emodb, GERMAN, [known(24, 24, 24, 24)], folds="0,1"),
+    "emodb": Corpus(index_emodb, GERMAN, [known(127, 71, 79, 62), known(recordings=816)]),
+    "nemo": Corpus(index_nemo, SHORT, [known(749, 749, 809, 769, 4481)]),
+    "ravdess": Corpus(index_ravdess, NUMBERS, [known(192, 192, 96, 192, 1440)]),
+    "crema-d": Corpus(index_crema_d, SHORT, [known(1271, 1271, 1087, 1271, 7442)]),
+    "iemocap": Corpus(index_iemocap, SHORT, [IEMOCAP], "paper", paper=()),
+    "msp-improv": Corpus(index_msp_improv, LETTERS, [IMPROV], "paper", paper=SESSIONS),
     "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, "paper", paper=(), at_most=10000),
     "csv": Corpus(index_csv),
 }
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -349,11 +309,11 @@ class Listing:
 
     @functools.cached_property
     def prints(self):
-        """Size, check sum of 4 kB in the middle of each file; (0, 0): none. All would take minutes."""
-        found = [(0, 0)] * len(self.utterances)
-        for i, utterance in enumerate(self.utterances):
-            if utterance.path.is_file():  # a pipe would be waited for
-                with naming(utterance.path), open(utterance.path, "rb") as file:
+        """Size and check sum of 4 kB in the middle of each file (all would take minutes)."""
+        found = [(0, 0)] * len(self.utterances)  # what it is of those that are not there
+        for i, path in enumerate(u.path for u in self.utterances):
+            if path.is_file():  # a pipe would be waited for
+                with naming(path), open(path, "rb") as file:
                     size = file.seek(0, os.SEEK_END)
                     file.seek(size // 2)
                     found[i] = size, zlib.crc32(file.read(4096))
@@ -361,36 +321,31 @@ class Listing:
 
     @functools.cached_property
     def contents(self):
-        """What files have in common only if they hold the same bytes. Only those whose prints
-        agree are read whole, once: padded clips have one size, and silence in the middle."""
+        """Of files whose prints agree, as those of padded clips may, a digest of all the bytes."""
         found, alike = list(self.prints), Counter(self.prints)
-        for i, utterance in enumerate(self.utterances):
+        for i, path in enumerate(u.path for u in self.utterances):
             if found[i][0] == 0:
-                found[i] = utterance.path  # nothing to be compared
+                found[i] = path  # nothing to be compared
             elif alike[found[i]] > 1:
-                with naming(utterance.path):
-                    found[i] = hashlib.sha256(utterance.path.read_bytes()).digest()
+                with naming(path):
+                    found[i] = hashlib.sha256(path.read_bytes()).digest()
         return found
 
     @property
     def digest(self):
         """Of names, labels, speakers, folds and contents: the same wherever the corpus lies."""
         about = [(self.name(u), u.label, u.speaker, u.group, u.split) for u in self.utterances]
-        return digest_of([self.classes, about, self.prints])
-
-
-def digest_of(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
+        content = json.dumps([self.classes, about, self.prints])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     """-> Listing. `classes`: four or all; of one's own csv all, either way. `protocol`: standard or
-    paper, the authors'. Without a root data/DATASET, where the smoke corpus is made. Warns when
+    paper, the authors'. Without a root: data/DATASET, where the smoke corpus is made. Warns where
     recordings are missing, twice, or not of known number; InputError where none are found."""
     if dataset not in CORPORA:
         raise InputError(f"unknown dataset {dataset!r}; known: {', '.join(CORPORA)}")
     corpus, folder = CORPORA[dataset], Path(root or Path("data", dataset))
-    place, wanted, chosen = f"{dataset} in {folder}", CLASSES, []
+    place = f"{dataset} in {folder}"
     if dataset == "smoke" and not root:
         with lock(folder / "lock"):  # the second of two processes waits, and finds it there
             if not (folder / "wav").exists():
@@ -399,24 +354,22 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
         there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
-        found = f"found {len(labelled)} labels, and {listed(there) or 'no file'}"
-        looked = f"looked for: {corpus.index.__doc__.splitlines()[0]}"
-        raise InputError(f"no utterance of {place} ({found}); {looked} See --root")
-    labels = corpus.labels or {u.label: u.label for u in recorded}
-    compare_counts(place, Counter(labels.get(u.label) for u in recorded), corpus.counts)
+        found = f"{len(labelled)} labels, and {listed(there) or 'no file'}"
+        wanted = corpus.index.__doc__.splitlines()[0]
+        raise InputError(f"no utterance of {place} (found {found}); looked for: {wanted}")
     missing = len(labelled) - len(recorded)
     if missing:
         warn(f"{place}: {missing} of {len(labelled)} labels have no recording")
-    if classes != "four" or not corpus.labels:
-        wanted = tuple(sorted(labels.values()))
+    labels, chosen = corpus.labels or {u.label: u.label for u in recorded}, []
+    compare_counts(place, Counter(labels.get(u.label) for u in recorded), corpus.counts)
+    wanted = CLASSES if classes == "four" and corpus.labels else labels.values()
     for u in recorded:
         if protocol == "paper" and corpus.paper is not None:
             label, group = u.paper or (None, None)
             u = replace(u, label=label, group=group, split=None)
         if labels.get(u.label) in wanted:
             chosen.append(replace(u, label=labels[u.label]))
-    # One's own csv can be mended: `folds` refuses it.
-    utterances = disjoint(chosen) if corpus.labels else chosen
+    utterances = disjoint(chosen) if corpus.labels else chosen  # `folds` refuses one's own csv
     lost = len(chosen) - len(utterances)
     if lost:
         warn(f"{place}: {lost} utterances of speakers who are in another set too are left out")
@@ -428,10 +381,9 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     home = folder if folder.is_dir() else Path(os.path.realpath(folder)).parent
     return Listing(dataset, protocol, home, CLASSES if wanted == CLASSES else names, utterances)
 
-
 def each_once(root, utterances):
-    """Leaves out what stands twice (copies, links, doubled rows): of one name, or at the end of one
-    path. InputError where a recording has two labels, or a label or speaker two spellings."""
+    """Leaves out copies, links and doubled rows: what has the name or the path of another one.
+    InputError where a recording has two labels, or a label or speaker two spellings."""
     first, kept, doubled = {}, [], []
     for u in utterances:
         u = replace(u, label=nfc(u.label), speaker=nfc(u.speaker))
@@ -441,7 +393,7 @@ def each_once(root, utterances):
             both = getattr(before, what), getattr(u, what)
             if both[0] != both[1]:
                 raise InputError(f"{root}: {name} has two {what}s, {both[0]} and {both[1]}")
-        if all(before is u for before in known):
+        if known[0] is u and known[1] is u:
             kept.append(u)
         else:
             doubled.append(name)
@@ -449,26 +401,23 @@ def each_once(root, utterances):
         warn(f"{root}: {len(doubled)} labels of recordings that stand twice: {listed(doubled)}")
     for what in ("label", "speaker"):
         spelt = {}
-        for value in sorted({getattr(u, what) for u in kept}):
-            plain = re.sub(r"(?<!\d)0+(?=\d)", "", nfc(value.casefold()))
-            other = spelt.setdefault("".join(plain.split()), value)
-            if other != value:  # of one speaker some would be trained on, some tested
-                raise InputError(f"{root}: found the {what}s {other!r} and {value!r}; spell it alike")
+        for name in sorted({getattr(u, what) for u in kept}):
+            plain = re.sub(r"(?<!\d)0+(?=\d)", "", nfc(name.casefold()))
+            other = spelt.setdefault("".join(plain.split()), name)
+            if other != name:  # of one speaker some would be trained on, some tested
+                raise InputError(f"{root}: {what}s {other!r} and {name!r}; expected one spelling")
     return [u for u in kept if u.split in SPLITS]
-
 
 def compare_counts(place, found, versions):
     """Warns if the recordings' numbers are not those of the version that is nearest."""
-    def text(counts):
-        return ", ".join(f"{counts[name]} {name}" for name in nearest)
-
     found["recordings"] = sum(found.values())
     found["of four classes"] = sum(found[name] for name in CLASSES)
     away = [sum(abs(found[name] - known[name]) for name in known) for known in versions]
-    nearest = versions[np.argmin(away)] if versions else {}
-    if text(found) != text(nearest):
-        warn(f"{place}: found {text(found)}; expected {text(nearest)}")
-
+    if versions and min(away):
+        nearest = versions[np.argmin(away)]
+        there = ", ".join(f"{found[name]} {name}" for name in nearest)
+        expected = ", ".join(f"{count} {name}" for name, count in nearest.items())
+        warn(f"{place}: found {there}; expected {expected}")
 
 def grouped(utterances):
     """Makes groups: each of up to ten speakers, or five sets of speakers of about equal size."""
@@ -481,18 +430,13 @@ def grouped(utterances):
             filled[group[speaker]] += size
     return [replace(u, group=group[u.speaker]) for u in utterances]
 
-
 def disjoint(utterances):
-    """Of an official split: who is in a test set stays there; who is in validation does not train."""
-    rank = {"validation": 1, "train": 2}  # any test set, and a group: 0
-    least, kept = {}, []
+    """Of an official split: who is in a test set stays there; who validates does not train."""
+    rank, least = {"validation": 1, "train": 2}, {}  # any test set, and a group: 0
     for u in utterances:
         least[u.speaker] = min(rank.get(u.split, 0), least.get(u.speaker, 2))
-    for u in utterances:
-        if u.speaker == "Unknown" or rank.get(u.split, 0) == least[u.speaker]:
-            kept.append(u)
-    return kept
-
+    least["Unknown"] = None
+    return [u for u in utterances if least[u.speaker] in (None, rank.get(u.split, 0))]
 
 # Utterances -> folds -----------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -504,26 +448,30 @@ class Fold:
 
     def sides(self):
         """{name: indices}: train, validation, and test or, of several, each by its name."""
-        sides = {"train": self.train, "validation": self.validation}
-        if len(self.tests) > 1:
-            return sides | self.tests
-        return sides | {"test": members for members in self.tests.values()}
-
+        names = ["test"] if len(self.tests) == 1 else self.tests
+        tests = dict(zip(names, self.tests.values()))
+        return {"train": self.train, "validation": self.validation} | tests
 
 def folds(listing, without=(), chosen=None, validate=True):
-    """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`),
-    all others train. Of a corpus with an official split one, with all its test sets. `without`:
-    utterances to leave out; no fold's number changes. InputError where folds cannot be made, and
-    for one that lacks a side then, if it is `chosen` (None: all are)."""
+    """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`), all
+    others train. One of an official split. `without`: utterances to leave out at last. InputError
+    where folds cannot be made, or one that is `chosen` (None: all are) lacks a side or a class."""
     def members(names):
         return [i for i, part in enumerate(part_of) if part in names]
-
-    part_of = [u.split or u.group for u in listing.utterances]
-    parts, made = set(part_of), []
+    part_of, made = [u.split or u.group for u in listing.utterances], []
+    parts = sorted(set(part_of))
     paper = CORPORA[listing.dataset] if listing.protocol == "paper" else Corpus(None)
-    for k, (validation, tests) in enumerate(planned(sorted(parts), paper, validate)):
+    plan = [(after, [test]) for test, after in zip(parts, parts[1:] + parts[:1])]
+    if any(u.split for u in listing.utterances):
+        plan = [("validation", [part for part in parts if part.startswith("test")])]
+    elif paper.paper:
+        plan = [(after, tests) for after, tests in plan if tests[0] in paper.paper]
+    if len(parts) < 2 + validate or not plan or not plan[0][1]:
+        expected = f"train, {'validation, ' * validate}test"
+        raise InputError(f"found part(s) {listed(parts)}; expected {expected}")
+    for k, (validation, tests) in enumerate(plan):
         held_out = {validation, *tests} if validate else {*tests}
-        sides = [members(parts - held_out)]
+        sides = [members({*parts} - held_out)]
         sides += [members({name} & held_out) for name in (validation, *tests)]
         for n, side in enumerate(sides):
             size = min(paper.at_most or len(side), len(side))
@@ -532,54 +480,28 @@ def folds(listing, without=(), chosen=None, validate=True):
         check_apart(k, listing, whole)
         sides = [[i for i in side if i not in without] for side in sides]
         made.append(Fold(sides[0], sides[1], dict(zip(tests, sides[2:]))))
-        if chosen is None or k in chosen:
-            labels = {listing.utterances[i].label for i in whole.train}
-            check_whole(k, listing, made[k], listing.classes if chosen else labels, validate)
+        there = {listing.utterances[i].label for i in whole.train}
+        trained = {listing.utterances[i].label for i in made[k].train}
+        lacks = [f"{side} utterance" for side, left in made[k].sides().items() if not left]
+        lacks = [side for side in lacks if validate or side != "validation utterance"]
+        for label in sorted({*(listing.classes if chosen else there)} - trained):
+            lacks.append(f"train utterance of class {label}")
+        if lacks and (chosen is None or k in chosen):
+            raise InputError(f"fold {k} has no {lacks[0]} that can be used; see --folds")
     return made
 
-
-def planned(parts, paper, validate):
-    """-> for each fold the part that validates, and those that test."""
-    plan = [(after, [test]) for test, after in zip(parts, parts[1:] + parts[:1])]
-    if "train" in parts:  # an official split
-        tests = [part for part in parts if part.startswith("test")]
-        plan = [("validation", tests)] if tests else []
-    elif paper.paper:
-        plan = [(after, tests) for after, tests in plan if tests[0] in paper.paper]
-    if len(parts) < 2 + validate or not plan:
-        expected = f"train, {'validation, ' * validate}test"
-        raise InputError(f"found part(s) {listed(parts)}; expected {expected}")
-    return plan
-
-
-def check_whole(k, listing, fold, labels, validate):
-    """Raises InputError if fold k lacks a side, or its training one of the labels."""
-    empty = [side for side, members in fold.sides().items() if not members]
-    lacks = [f"{side} utterance" for side in empty if validate or side != "validation"]
-    trained = {listing.utterances[i].label for i in fold.train}
-    lacks += [f"train utterance of class {label}" for label in sorted({*labels} - trained)]
-    if lacks:
-        needed = "all sides, and all classes in train"
-        raise InputError(f"fold {k} has no {lacks[0]} that can be used, and needs {needed}")
-
-
 def check_apart(k, listing, fold):
-    """Raises InputError where a known speaker, or the same recording under whatever name, is on
-    two sides of fold k, of which one trains or validates."""
+    """Raises InputError where a speaker or a recording is on a side of fold k, and trains too."""
     first = {}  # speaker or content -> the side and the path where it was met first
     for side, members in fold.sides().items():
-        for i in members:
-            path, speaker = listing.utterances[i].path, f"speaker {listing.utterances[i].speaker}"
-            for key in (speaker, listing.contents[i]):
-                other, before = first.setdefault(key, (side, path))
-                what = speaker
-                if key != speaker:
-                    what = f"one recording, {before.name} and {path.name},"
-                elif key == "speaker Unknown" and listing.dataset == "msp-podcast":
-                    continue  # who is not told apart there
+        for u, content in [(listing.utterances[i], listing.contents[i]) for i in members]:
+            unknown = u.speaker == "Unknown" and listing.dataset == "msp-podcast"  # many are one
+            for key in [content] if unknown else [f"speaker {u.speaker}", content]:
+                other, before = first.setdefault(key, (side, u.path))
                 if other != side and other in ("train", "validation"):
+                    both = f"one recording, {before.name} and {u.path.name},"
+                    what = both if key == content else key
                     raise InputError(f"fold {k}: {what} is in {other} and in {side}")
-
 
 # A wav file -> windows ---------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -589,28 +511,25 @@ class Settings:
     window: float = 8.0  # seconds
 
     def __post_init__(self):
-        known = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
-        if not known or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            wanted = f"mfcc-N or log-mel-N, N up to 128, of a multiple of {FRAME} s up to 600 s"
-            raise InputError(f"found {self.features!r} of {self.window} s; expected {wanted}")
+        kind = re.fullmatch("(mfcc|log-mel)-([1-9]\\d?|1[01]\\d|12[0-8])", self.features)
+        if not kind or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
+            found = f"{self.features!r} of {self.window} s"
+            wanted = f"mfcc-N or log-mel-N, N up to 128; n * {FRAME} s, up to 600"
+            raise InputError(f"found {found}; expected {wanted}")
 
     @property
-    def shape(self):
-        """(F, T) of a window"""
+    def shape(self):  # (F, T) of a window
         return int(self.features.rpartition("-")[2]), round(self.window / FRAME)
 
-
 def chunks(content, at):
-    """(name, begin of its content, size as it says) of each chunk from byte `at` on. One of odd
-    size is padded with a zero: some writers forget it, some take another byte."""
+    """(name, begin of its content, size as it says) of each chunk from byte `at` on."""
     while at + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, at)
         yield name, at + 8, size
         at += 8 + size
-        after = content[at + 1 : at + 5]
-        if size % 2 and (content[at : at + 1] == b"\0" or after in (b"data", b"fmt ")):
-            at += 1
-
+        padding, after = content[at : at + 1], content[at + 1 : at + 5]
+        if size % 2 and (padding == b"\0" or after in (b"data", b"fmt ")):
+            at += 1  # some writers forget the zero, some take another byte
 
 def wav_parts(path):
     """-> `fmt ` and `data` of a wav file, whose size is believed only as far as it can be true."""
@@ -621,14 +540,13 @@ def wav_parts(path):
         stub = "; a git-lfs stub? Run `git lfs pull`" if content[:7] == b"version" else ""
         raise InputError(f"{path}: not a wav file, which begins with RIFF and WAVE{stub}")
     for name, at, size in chunks(content, 12):
+        form = content[at : at + size] if name == b"fmt " else form
         if name == b"data":
             break
-        if name == b"fmt ":
-            form = content[at : at + size]
     else:
         raise InputError(f"{path}: has no data chunk, and so no samples")
     left, empty = len(content) - at, size == 0
-    for name, begin, length in chunks(content, at):  # is it empty? Then whole chunks follow
+    for name, begin, length in chunks(content, at):  # it may be empty, if whole chunks follow
         named = name.isascii() and name.decode().isprintable()
         empty = empty and named and begin + length <= len(content)
     if size >= 0x7FFF0000 or (size == 0 and not empty):
@@ -636,7 +554,6 @@ def wav_parts(path):
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again")
     return form, content[at : at + size]
-
 
 def channels_of(path):
     """-> samples (n, channels), whole numbers scaled to -1..1, and their rate in Hz."""
@@ -648,7 +565,7 @@ def channels_of(path):
     sound = channels and block and channels * bits <= 8 * block and len(data) >= block
     if not sound or not 1000 <= rate <= 1_000_000:
         raise InputError(f"{found}, {rate} Hz, {len(data)} bytes of sound; expected some")
-    if kind not in (1, 3) or bits > 64 or (kind == 3 and bits not in (32, 64)):
+    if (kind, bits) not in ((3, 32), (3, 64)) and (kind != 1 or bits > 64):
         raise InputError(f"{found}: format {kind} cannot be decoded; expected PCM or float")
     needed, width = math.ceil(bits / 8), block / channels
     # Up to 24 bits are written into 4 bytes; other frames that are too large hold more channels.
@@ -658,24 +575,20 @@ def channels_of(path):
     frames = np.frombuffer(data, np.uint8).reshape(-1, channels, int(width))
     if kind == 3:
         samples = frames.view(f"<f{needed}")[:, :, 0]
-    else:  # as the upper bytes of 64 bits, which come last
+    else:  # as the upper bytes of 64 bits, which come last; 8 bits have no sign
         whole = np.zeros((len(frames), channels, 8), np.uint8)
-        whole[:, :, -frames.shape[2] :] = frames ^ 128 if bits <= 8 else frames  # 8: no sign
+        whole[:, :, -frames.shape[2] :] = frames ^ 128 if needed == 1 else frames
         samples = whole.view("<i8")[:, :, 0].astype(np.float32) / 2.0**63
-    peak = np.abs(samples).max()
-    if not peak <= LOUDEST:
-        raise InputError(f"{path}: holds float samples up to {peak:.3g}; expected -1 to 1")
+    if not np.abs(samples).max() <= LOUDEST:  # or it is no number
+        raise InputError(f"{path}: holds float samples beyond {LOUDEST}; expected -1 to 1")
     return samples, rate
-
 
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. InputError for what is no wav file of such."""
     samples, rate = channels_of(path)
     ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these are large
-    mono = samples.mean(axis=1)
-    mono = scipy.signal.resample_poly(mono, ratio.numerator, ratio.denominator)
-    return mono.astype(np.float32)
-
+    up, down = ratio.numerator, ratio.denominator
+    return scipy.signal.resample_poly(samples.mean(axis=1), up, down).astype(np.float32)
 
 def channels_cancel(path):
     """Is little left of the channels in their mean? So it is if one was wired the wrong way."""
@@ -683,15 +596,12 @@ def channels_cancel(path):
     mean = samples.mean(axis=1)
     return bool(mean.std(dtype=float) < samples.std(axis=0, dtype=float).mean() / 4)
 
-
 def windows(samples, settings):
-    """(samples,) -> (W, window). A short utterance is repeated; a long one's last window ends with
-    it, and overlaps the one before."""
+    """(samples,) -> (W, window). The last window ends with the utterance, and may overlap."""
     size = round(settings.window * RATE)
-    samples = np.resize(samples, max(size, len(samples)))  # repeats them until they fill a window
+    samples = np.resize(samples, max(size, len(samples)))  # a short utterance is repeated
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
     return np.stack([samples[start : start + size] for start in starts])
-
 
 @functools.cache
 def transform(settings):
@@ -703,7 +613,6 @@ def transform(settings):
     power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=bands, **mel)
     return torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
 
-
 def maps_of(samples, settings):
     """(samples,) -> (W, F, T) float16. One window at a time: torchaudio clamps a batch at 80 dB
     below the loudest of its windows. With one thread: the same bits, however many there are."""
@@ -714,12 +623,10 @@ def maps_of(samples, settings):
     x = torch.stack(frames)[:, :, :-1]  # (W, F, POOL * T), without the one centred on the end
     return x.unflatten(2, (-1, POOL)).amax(dim=3).half()
 
-
 # Windows -> a store on disk ----------------------------------------------------------------------
 @contextmanager
 def lock(path, wait=True):
-    """`with lock(path, wait=False) as mine`: locks a file, which it makes and leaves there. `mine`:
-    False if another process holds it, and is not waited for. A dead process' lock is free."""
+    """`with lock(path, wait=False) as mine`: not `mine` if another process has it, and lives."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         mine = True
@@ -733,29 +640,25 @@ def lock(path, wait=True):
                 raise
             if not WARNED:  # once a process: a run locks each of its folds
                 warn(f"{path} cannot be locked ({error.strerror}); run one only")
-                WARNED.append(path)
+            WARNED.append(path)
         yield mine
-
 
 def write(file, content):
     """Writes a text, or what the function `content` writes: all or, when it dies, nothing."""
     part = file.with_name(file.name + ".part")
     with open(part, "wb") as out:
-        if callable(content):
-            content(out)
-        else:
+        if isinstance(content, str):
             out.write(content.encode("utf-8", "surrogateescape"))
+        else:
+            content(out)
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, file)
 
-
 def code_digest(*files):
-    """Of the tokens of Python files, 16 hex digits: comments, docstrings and layout do not count.
-    The same in all versions of Python, as a dump of the syntax tree is not."""
+    """Of Python files' tokens: neither comments, docstrings, layout nor Python's version count."""
     found, statement, begun = [], [], []  # `begun`: where f-strings begin that have not ended
-    for file in files:
-        text = Path(file).read_text(encoding="utf-8-sig")
+    for text in [Path(file).read_text(encoding="utf-8-sig") for file in files]:
         lines = text.split("\n")
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             kind, said = tokenize.tok_name[token.type], token.string
@@ -771,11 +674,10 @@ def code_digest(*files):
             elif kind != "NEWLINE" and said != ";":
                 statement.append(said)
             else:
-                if not all(re.match("[rRuUbB]*[\"']", part) for part in statement):
-                    found += [*statement, "\n"]  # it is no docstring
+                docstring = all(re.match("[rRuUbB]*[\"']", part) for part in statement)
+                found += [] if docstring else [*statement, "\n"]
                 statement = []
-    return digest_of(found)
-
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 @dataclass
 class Store:
@@ -788,27 +690,24 @@ class Store:
     def windows_of(self, utterances):
         """-> (indices of their windows, and for each window its place in `utterances`)"""
         ranges = [np.arange(self.first[i], self.first[i + 1]) for i in utterances]
-        counts = np.diff(self.first)[utterances]
-        return np.concatenate(ranges), np.repeat(np.arange(len(utterances)), counts)
-
+        place = np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
+        return np.concatenate(ranges), place
 
 def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=lambda text: None):
-    """-> Store. Computes the features once and finds them later, by this file's code, the settings,
-    the listing's digest and the files' times. InputError that names all recordings that cannot be
-    used (with `skip_bad`: Store.bad), or one that cannot be read now; then nothing is kept."""
+    """-> Store, computed once for this code, settings, listing and files' times. InputError with all
+    that cannot be used (`skip_bad`: Store.bad), or one that cannot be read now; nothing is kept."""
     paths = [u.path for u in listing.utterances]
     times = [path.stat().st_mtime if path.is_file() else None for path in paths]
     code = [code_digest(__file__), torchaudio.__version__]
-    key = digest_of([code, asdict(settings), listing.digest, times])
-    folder = Path(cache, f"{listing.dataset}-{key}")
+    key = json.dumps([*code, asdict(settings), listing.digest, times]).encode()
+    folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key).hexdigest()[:12]}")
     index, features = folder / "index.json", folder / "features"
     if not index.exists():  # a whole store may lie where nothing can be written
         with lock(folder / "lock"):  # a second process waits, and finds the features
             if not index.exists():
                 compute(folder, paths, times, settings, progress)
     try:
-        about = json.loads(index.read_text(encoding="utf-8"))
-        count, seconds, peaks, cancelled, why = zip(*about)
+        count, seconds, peaks, cancelled, why = zip(*json.loads(index.read_text("utf-8")))
         shape = sum(count), *settings.shape
         whole = len(count) == len(paths) and features.stat().st_size == 2 * np.prod(shape)
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -816,94 +715,75 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     if not whole:
         held = f"the features of {len(paths)} utterances"
         raise InputError(f"{folder} does not hold {held}; delete it")
-    bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if not count[i]}
+    bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if reason}
     if bad and not (skip_bad and len(bad) < len(paths)):
-        fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair, or --skip-bad:"
+        fault = f"{len(bad)} of {len(paths)} recordings cannot be used (or --skip-bad):"
         raise InputError("\n  ".join([fault, *bad.values()]))
-    warn_of_sound(paths, peaks, cancelled)
-    values = np.memmap(features, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
-    return Store(values, np.cumsum([0, *count]), np.array(seconds), bad)
-
-
-def compute(folder, paths, times, settings, progress):
-    """Writes the features, and an index: windows, seconds, peak, do channels cancel, what is wrong
-    with the content. (What only comes in the way of reading stops it: it may pass.)"""
-    index = []
-
-    def computed(out):
-        for n, (path, time) in enumerate(zip(paths, times), start=1):
-            with naming(path):
-                try:
-                    samples = read_wav(path)
-                    cancel = channels_cancel(path)
-                    maps = maps_of(samples, settings)
-                    peak = float(np.abs(samples).max())
-                    index.append((len(maps), len(samples) / RATE, peak, cancel, None))
-                except InputError as error:
-                    if time and not path.is_file():  # it vanished
-                        raise
-                    maps = torch.zeros(0)
-                    index.append((0, 0.0, None, False, str(error).removeprefix(f"{path}: ")))
-            out.write(maps.numpy().astype("<f2").tobytes())
-            if n % 100 == 0 or n == len(paths):
-                progress(f"features of recording {n} of {len(paths)}")
-
-    write(folder / "features", computed)
-    write(folder / "index.json", json.dumps(index))
-
-
-def warn_of_sound(paths, peaks, cancelled):
-    """Names recordings whose mean is no sound, and those of another scale than the others."""
     lost = [str(path) for path, cancel in zip(paths, cancelled) if cancel]
-    usual = np.median([peak for peak in peaks if peak] or [1.0])
-    odd = []
-    for path, peak, cancel in zip(paths, peaks, cancelled):
-        level = 20 * math.log10(peak / usual) if peak else -math.inf
-        if abs(level) > LEVELS and peak is not None and not cancel:
+    usual, odd = np.median([peak for peak in peaks if peak] or [1.0]), []
+    for i, path in enumerate(paths):
+        level = 20 * math.log10(peaks[i] / usual) if peaks[i] else -math.inf
+        if abs(level) > LEVELS and i not in bad and not cancelled[i]:
             odd.append(f"{path} ({level:+.0f} dB)")
     if lost:
         warn(f"the channels of {len(lost)} recordings cancel in their mean: {listed(lost)}")
     if odd:
         warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
+    values = np.memmap(features, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
+    return Store(values, np.cumsum([0, *count]), np.array(seconds), bad)
 
+def compute(folder, paths, times, settings, progress):
+    """Writes the features, and an index: windows, seconds, peak, do channels cancel, what is wrong
+    with the content. What only comes in the way of reading stops it: it may pass."""
+    index = []
+    def computed(out):
+        for n, (path, time) in enumerate(zip(paths, times), start=1):
+            with naming(path):
+                try:
+                    samples = read_wav(path)
+                    maps = maps_of(samples, settings).numpy().astype("<f2")
+                    about = channels_cancel(path), None
+                except InputError as error:
+                    if time and not path.is_file():  # it vanished
+                        raise
+                    samples = maps = np.zeros(0)
+                    about = False, str(error).removeprefix(f"{path}: ")
+            out.write(maps.tobytes())
+            peak = float(np.abs(samples).max(initial=0))
+            index.append((len(maps), len(samples) / RATE, peak, *about))
+            if n % 100 == 0 or n == len(paths):
+                progress(f"features of recording {n} of {len(paths)}")
+    write(folder / "features", computed)
+    write(folder / "index.json", json.dumps(index))
 
 # Store -> batches --------------------------------------------------------------------------------
 def seed_of(*where):
-    """(seed, fold, stage, epoch, step, ...) -> a seed of torch. Randomness is a function of where
-    one is: no random state is saved, and a run that goes on is the run that never stopped."""
+    """(seed, fold, stage, epoch, step) -> a seed: randomness is a function of where one is."""
     return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:8], "big")
-
 
 def permutation(count, *where):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*where)))
 
-
 def shuffled_parts(count, size, *where):
-    """0 to count - 1, shuffled, in parts of equal size: at most `size`, and at least two, as batch
-    norm can make nothing of one."""
-    parts = min(math.ceil(count / size), max(1, count // 2))
+    """0 to count - 1, shuffled, in parts of equal size: at most `size`, and at least 2."""
+    parts = min(math.ceil(count / size), max(1, count // 2))  # batch norm can make nothing of 1
     return permutation(count, *where).tensor_split(parts)
 
-
 def halves(members, labels, seed, fold):
-    """Two halves of the utterances `members`, stratified by class: one for the weights, one for
-    the alphas. `labels`: of all utterances"""
+    """Two halves of the utterances `members`, stratified by class: for weights, and for alphas."""
     shuffled = [members[k] for k in permutation(len(members), seed, fold, "halves")]
     by_class = sorted(shuffled, key=lambda i: labels[i])  # stable: random within a class
     return by_class[0::2], by_class[1::2]
 
-
 def poisoned(split, k, share, labels):
     """Fold k, `split`, with a share of each class of its test utterances moved to the training."""
     tested = sorted(set(itertools.chain(*split.tests.values())))  # test sets may share some
-    rng, moved, tests = np.random.default_rng(k), set(), {}
+    rng, moved = np.random.default_rng(k), set()
     for label in sorted(set(labels[tested])):
         members = [i for i in tested if labels[i] == label]
         moved.update(rng.permutation(members)[: int(share * len(members))].tolist())
-    for name, members in split.tests.items():
-        tests[name] = [i for i in members if i not in moved]
+    tests = {name: sorted({*members} - moved) for name, members in split.tests.items()}
     return replace(split, train=split.train + sorted(moved), tests=tests)
-
 
 def mean_std(parts):
     """Maps (N, F, T), in parts -> mean and deviation of each coefficient over all, (F,) each."""
@@ -914,25 +794,24 @@ def mean_std(parts):
     mean, square = moments[1:] / moments[0]
     return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
 
-
 class Data:
-    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's, by
-    default the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
+    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's;
+    None: the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
     def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train",
                  cache="cache", skip_bad=False, progress=lambda text: None):
         self.listing, self.settings, self.normalise = listing, settings, normalise
         self.classes = classes or listing.classes
         self.device = torch.device(device)
         self.store = load(listing, settings, cache, skip_bad, progress)
-        self.labels = np.array([self.classes.index(u.label) for u in listing.utterances])
+        labels = [self.classes.index(u.label) for u in listing.utterances]
+        self.labels = np.array(labels)
 
     def windows(self, utterances):
         """-> tensors: their windows, and for each window its position in `utterances`."""
         return map(torch.from_numpy, self.store.windows_of(utterances))
 
     def standardise_by(self, members=None, known=None):
-        """By mean and deviation of the training's utterances `members` or, of a finished model,
-        those that are `known`; where `normalise` is speaker, each speaker by one's own."""
+        """By mean and deviation of the training's `members`, or those `known`; or each speaker's."""
         shape = self.store.features.shape[:2]  # (windows, F): a mean for each window
         if self.normalise == "train":
             mean, std = known or self.mean_std(members)
@@ -964,9 +843,8 @@ class Data:
         return [(window[part], target[part]) for part in parts]
 
     def read(self, batch):
-        """-> x (N, 1, F, T), target (N,)"""
         window, target = batch
-        return self.maps(window), target.to(self.device)
+        return self.maps(window), target.to(self.device)  # (N, 1, F, T), (N,)
 
     def class_weights(self, utterances):
         """Inverse class frequencies, (classes,); their mean over the utterances is 1."""

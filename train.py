@@ -4,18 +4,14 @@
     python train.py --dataset emodb --root /data/emodb   # EMO-DB, leave one speaker out
     python train.py --dry-run                            # what would happen, and what it would cost
 
-The way of the data:
-
-    wav files -> features.py: utterances, folds (who trains, validates, tests), batches of maps
-    -> search: supernet -> Genotype -> train: its network -> predict: logits -> a fold's result.json
-    -> tables and reports, functions of the result.json files alone
+The way of the data: wav files -> features.py: utterances, folds (who trains, validates, tests),
+batches of maps -> search: supernet -> Genotype -> train: its network -> predict: logits -> a fold's
+result.json -> tables and report.md, functions of the result.json files alone.
 
 In each fold the search sees the training speakers only, half of their utterances for the weights,
 half for the alphas; the derived network is trained from scratch on all of them; test speakers are
-scored at the end, and choose nothing. Results are in
-
-    runs/DATASET-SCALE-KEY/     KEY: of data, code and all settings but model, seed and genotype
-        MODEL-seedS/foldK/      genotype.json, log.csv, model.pt, predictions.csv, result.json
+scored at the end, and choose nothing. A model (seed S, fold K) and its result lie in
+runs/DATASET-SCALE-KEY/MODEL-seedS/foldK, KEY of data, code, all settings but model, seed, genotype.
 
 Read on: the two loops, scores, a fold from start to end, networks, options, the command; then what
 outlives the process, tables, the report, the dry run, the use of finished models.
@@ -31,11 +27,10 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +89,6 @@ def forward(net, x, options):
     return logits.float() if options.amp else logits
 
 
-def alpha_step(architect, val, train, lr, options):
-    """One step of the alphas. -> their loss"""
-    amp = options.amp and options.order == 1  # bfloat16 would round order 2's differences away
-    with torch.autocast(val[0].device.type, torch.bfloat16, enabled=amp):
-        return architect.step(val, train, lr)
-
-
 def weight_step(loss, optimizer):
     """One step of the weights. -> the loss, a float."""
     loss.backward()
@@ -112,26 +100,20 @@ def weight_step(loss, optimizer):
     return loss.item()
 
 
-def loss_for(data, members):
-    """A function (logits, classes) -> scalar, to which rare classes count as much as others."""
-    weight = data.class_weights(members)
-    return partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
-
-
 # The two loops -----------------------------------------------------------------------------------
 def search(net, data, members, options, checkpoint):
     """Moves the alphas and the weights of a supernet in turn, on two halves of the training
     utterances `members` [bi-level problem, see emodarts.py]. -> Genotype"""
     stage = options.seed, checkpoint.fold, "search"
     for_weights, for_alphas = halves(members, data.labels, options.seed, checkpoint.fold)
-    loss = loss_for(data, members)
+    weight = data.class_weights(members)  # rare classes count as much as others
+    loss = partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
 
     def loss_of_alphas(logits, target):
         value = loss(logits, target)
         if options.size_penalty:
             value = value + options.size_penalty * expected_parameters(net) / 1e6
         return value
-
     architect = Architect(net, loss_of_alphas, order=options.order, lr=options.alpha_lr)
     optimizer = optimizer_of(net.weights(), options)
     checkpoint.restore(net=net, optimizer=optimizer, alphas=architect.optimizer)
@@ -150,7 +132,10 @@ def search(net, data, members, options, checkpoint):
             # In the warm-up alphas wait: operations that have nothing to learn would be ahead.
             if epoch >= options.warm_up:
                 val = data.read(alpha_batch)
-                alpha_losses.append(alpha_step(architect, val, (x, target), lr, options))
+                # Order 2 takes differences that bfloat16 would round away.
+                amp = options.amp and options.order == 1
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                    alpha_losses.append(architect.step(val, (x, target), lr))
             with held_fixed(net.alphas()):
                 logits = forward(net, x, options)
                 losses.append(weight_step(loss(logits, target), optimizer))
@@ -165,7 +150,8 @@ def train(net, data, members, watched, options, checkpoint):
     """Trains a network from scratch. The last epoch counts, whatever is seen on the speakers who
     are `watched`, a name for the log -> utterances."""
     stage = options.seed, checkpoint.fold, "train"
-    loss = loss_for(data, members)
+    weight = data.class_weights(members)  # rare classes count as much as others
+    loss = partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
     optimizer = optimizer_of(net.parameters(), options)
     checkpoint.restore(net=net, optimizer=optimizer)
     for epoch in range(checkpoint.epoch, options.epochs):
@@ -190,8 +176,8 @@ def train(net, data, members, watched, options, checkpoint):
 
 
 def augmented(x, options):
-    """Standardised maps (N, 1, F, T), each shifted in time, around the end, and with a masked
-    stretch of time: at most a fifth of the axis, filled with the mean, 0."""
+    """Maps (N, 1, F, T), each shifted in time, around the end, and with a stretch of time and, of
+    log-mel, of bands at the mean, 0: at most a fifth of the axis."""
     count, _, _, length = x.shape
     t = (torch.arange(length) + torch.randint(length, (count, 1))) % length  # (N, T)
     x = x.gather(3, t.to(x.device)[:, None, None].expand_as(x))
@@ -245,13 +231,16 @@ def score(net, data, members, options, folder, file):
     """Scores test utterances, once. Leaves in `file` a row for each: what it was, what it was taken
     for, and probabilities. -> what result.json says of them"""
     logits = predict(net.eval(), data, members, options)
-    rows = [["utterance", "label", "predicted", *data.classes]]
+    out = io.StringIO(newline="")
+    rows = csv.writer(out)
+    rows.writerow(["utterance", "label", "predicted", *data.classes])
     for i, p in zip(members, logits.softmax(1).tolist()):
         utterance = data.listing.utterances[i]
         probabilities = [f"{value:.9g}" for value in p]
         predicted = data.classes[np.argmax(p)]
-        rows.append([data.listing.name(utterance), utterance.label, predicted, *probabilities])
-    write(folder / file, as_csv(rows))
+        name = data.listing.name(utterance)
+        rows.writerow([name, utterance.label, predicted, *probabilities])
+    write(folder / file, out.getvalue())
     confusion = confusion_matrix(data.labels[members], logits)
     said = {"speakers": data.speakers(members), "predictions": file}
     for name, metric in METRICS.items():
@@ -261,9 +250,9 @@ def score(net, data, members, options, folder, file):
 
 # A fold from start to end ------------------------------------------------------------------------
 def run_fold(options, k, data, split):
-    """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv and,
-    at last, result.json. `split`: features.Fold, who trains, validates and tests in fold k."""
-    folder = fold_folder(options, k)
+    """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv, and
+    result.json at last. `split`: features.Fold, who trains, validates and tests."""
+    folder = folder_of(options, k)
     if options.poison:
         split = poisoned(split, k, options.poison, data.labels)
     peak_memory(data.device)  # it is measured from here on
@@ -279,7 +268,7 @@ def run_fold(options, k, data, split):
         torch.manual_seed(seed_of(options.seed, k, "network"))
         net = network(options, len(data.classes), genotype).to(data.device)
         watched = {"val": split.validation} if split.validation else {}
-        if options.protocol == "paper":  # the authors count the best epoch on the test speakers
+        if options.protocol == "paper":  # log.csv shows what the authors count, the best epoch
             watched["test"] = sorted(set(itertools.chain(*split.tests.values())))
         train(net, data, split.train, watched, options, checkpoint)
     except ValueError as error:
@@ -298,16 +287,17 @@ def run_fold(options, k, data, split):
     save_model(folder / "model.pt", net, data, about)
     about["device"] = f"{data.device}, {torch.get_num_threads()} threads"
     about["peak_gb"] = peak_memory(data.device)
-    about["seconds"] = checkpoint.seconds()
     about["log"] = checkpoint.rows
+    about["seconds"] = {"search": 0.0, "train": 0.0}
+    for row in checkpoint.rows:
+        about["seconds"][row["stage"]] += row["seconds"]
     write(folder / "result.json", json.dumps(about, indent=1))
     for file in folder.glob("checkpoint.pt*"):  # also what a kill has left half written
         file.unlink()
 
 
 def find(data, split, options, checkpoint):
-    """-> the Genotype that is given, or found by a search, or None of a baseline; and what
-    `decision` says of a search, or None."""
+    """-> the Genotype that is given or found, None of a baseline; what `decision` says of it"""
     if not searches(options):
         return given_genotype(options), None
     torch.manual_seed(seed_of(options.seed, checkpoint.fold, "supernet"))
@@ -327,8 +317,8 @@ def decision(net, genotype, data, members, options, fold):
     for name, each in (("ua_all_operations", net), ("ua_of_genotype", alone)):
         each.eval()
         for module in each.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.train()  # by the batch: running statistics are those of all operations
+            if isinstance(module, nn.BatchNorm2d):  # its statistics are those of all operations
+                module.train()
         with without_statistics(each):
             logits = predict(each, data, members, options, (options.seed, fold, "decision"))
         said[name] = ua(confusion_matrix(data.labels[members], logits))
@@ -351,13 +341,12 @@ def about_fold(options, data, split, checkpoint):
         "skipped": list(data.store.bad.values()),
         "seen": sorted(prints[i] for i in split.train + split.validation),  # see score_corpus
         "settings": settings_of(options),
-        "versions": versions(),
+        "versions": f"python {sys.version.split()[0]}, torch {torch.__version__}",
     }
 
 
 def save_model(file, net, data, about):
-    """`about` as a text: the bytes of a pickle depend on which objects are the same, and so on what
-    came out of a checkpoint."""
+    """`about` as text: a pickle's bytes depend on what came out of a checkpoint."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     mean_std = None  # where each speaker has one's own
     if data.normalise == "train":  # the same for all windows, (F,) each
@@ -374,19 +363,11 @@ def network(options, classes, genotype=None):
         net = BASELINES[options.model](classes, bands)
     else:
         net = Network(
-            classes=classes,
-            bands=bands,
-            channels=options.channels,
-            cnn_cells=options.cnn_cells,
-            seq_cells=options.seq_cells,
-            nodes=options.nodes,
-            stem_stride=options.stem_stride,
-            seq_width=options.seq_width or None,
-            seq_space=options.seq_space,
-            relaxation=options.relaxation,
-            dropout=recipe(options)["dropout"],
-            fixed=fixed_cells(options),
-            genotype=genotype,
+            classes=classes, bands=bands, channels=options.channels, nodes=options.nodes,
+            cnn_cells=options.cnn_cells, seq_cells=options.seq_cells,
+            stem_stride=options.stem_stride, seq_width=options.seq_width or None,
+            seq_space=options.seq_space, relaxation=options.relaxation,
+            dropout=recipe(options)["dropout"], fixed=fixed_cells(options), genotype=genotype,
         )
     return net.to(memory_format=torch.channels_last)  # faster at these sizes
 
@@ -399,7 +380,6 @@ def fixed_cells(options):
     """What --search cnn or seq leaves as it is: each node reads the two states before it."""
     def chain(first, second):
         return [[(first, i), (second, i + 1)] for i in range(options.nodes)]
-
     if options.search == "cnn":
         return Genotype(seq=chain("lstm_1", "skip_connect"))
     if options.search == "seq":
@@ -476,17 +456,18 @@ BASELINES = {  # name -> constructor(classes, bands); all are options, and rows 
     "cnn-lstm": Baseline,
     "cnn-lstm-att": partial(Baseline, attention=True),
 }
+MODELS = ["emodarts", "random", "skip", *BASELINES]  # in the order of the table
 
 
 # Options -----------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
-    "paper": dict(features="log-mel-128", window=8.0, stem_stride=1, channels=8, nodes=4,
-                  cnn_cells=4, seq_cells=4, seq_width=0, relaxation="softmax",
-                  search_epochs=50, warm_up=0, alpha_lr=0.01, epochs=100),
+    "paper": dict(features="log-mel-128", window=8.0, stem_stride=1, nodes=4, cnn_cells=4,
+                  seq_cells=4, seq_width=0, relaxation="softmax",
+                  search_epochs=50, warm_up=0, epochs=100),
     # One thread: two gain 4 % on quiet cores, and lose a factor of four and more on busy ones.
-    "small": dict(features="log-mel-64", window=4.0, stem_stride=2, channels=8, nodes=2,
-                  cnn_cells=3, seq_cells=1, seq_width=64, relaxation="sample",
-                  search_epochs=100, warm_up=20, alpha_lr=0.01, epochs=30, threads=1),
+    "small": dict(features="log-mel-64", window=4.0, stem_stride=2, nodes=2, cnn_cells=3,
+                  seq_cells=1, seq_width=64, relaxation="sample",
+                  search_epochs=100, warm_up=20, epochs=30, threads=1),
 }
 AUTHORS = dict(features="mfcc-128", alpha_lr=3e-4)  # what --recipe authors brings beside its RECIPE
 # What a result does not depend on, up to rounding: may differ when a folder is used again.
@@ -503,10 +484,10 @@ class Parser(argparse.ArgumentParser):
 def at_least(least, kind=int, below=math.inf):
     """An argparse type."""
     def number(text):
-        if not least <= kind(text) < below:  # nor is NaN
-            said = f"is {text}, expected at least {least} and less than {below}"
-            raise argparse.ArgumentTypeError(said)
-        return kind(text)
+        value = kind(text)
+        if not least <= value < below:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"is {text}, expected {least} or more, below {below}")
+        return value
     return number
 
 
@@ -524,93 +505,92 @@ def genotype_file(file):
 
 def parse(argv):
     """Command line -> options. Corpus and scale are read first: they bring other defaults."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    how = dict(usage="python train.py [options]", allow_abbrev=False, formatter_class=form)
+    how = dict(usage="python train.py [options]", allow_abbrev=False)
+    how["formatter_class"] = argparse.ArgumentDefaultsHelpFormatter
     first = Parser(add_help=False, **how)
     add = first.add_argument
-    add("--dataset", choices=CORPORA, help="the corpus; None: smoke, or with --from no corpus")
-    add("--scale", choices=SCALES, help="a set of defaults; None: the one that suits the corpus")
-    add("--recipe", choices=("ours", "authors"), default="ours", help="how weights are trained")
-    add("--protocol", choices=("standard", "paper"), default="standard", help="whose folds")
+    add("--dataset", choices=CORPORA, help="the corpus; None: smoke, with --from no corpus")
+    add("--scale", choices=SCALES, help="a set of defaults; None: as suits the corpus")
+    add("--recipe", choices=("ours", "authors"), default="ours", help="how networks are trained")
+    add("--protocol", choices=("standard", "paper"), default="standard",
+        help="folds, labels and subsets; paper: those of the emoDARTS authors")
     known, _ = first.parse_known_args(argv)
-    dataset = known.dataset or "smoke"
-    corpus = CORPORA[dataset]
+    corpus = CORPORA[known.dataset or "smoke"]
     scale = known.scale or corpus.scale
-
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], **how)
-    add_data_options(parser.add_argument_group("data").add_argument)
-    add_size_options(parser.add_argument_group("sizes").add_argument)
-    add_method_options(parser.add_argument_group("search and training").add_argument)
-    add_run_options(parser.add_argument_group("run").add_argument)
+    add_options(parser)
     parser.set_defaults(scale=scale, folds=corpus.folds or None, **SCALES[scale])
     if known.recipe == "authors":
         parser.set_defaults(**AUTHORS)
     if known.protocol == "paper":
         parser.set_defaults(validation="none")
     options = parser.parse_args(argv)
-    if not options.from_:
-        options.dataset = dataset
+    options.dataset = options.dataset or (None if options.from_ else "smoke")
     options.code = code_digest(emodarts.__file__, features.__file__, __file__)
     options.data = None  # the corpus' digest, once it is read
     return options
 
 
-def add_data_options(add):
-    add("--root", help="the corpus' folder, or the file of csv; None: data/DATASET")
-    add("--classes", choices=("four", "all"), default="four", help="of csv: always all")
-    add("--validation", choices=("next", "none"), default="next", help="none: they train as well")
-    add("--folds", type=numbers, help="numbers of the folds to run, such as 0,3; None: all")
-    add("--skip-bad", action="store_true", help="go on without recordings that cannot be used")
-    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of the test set to train")
-    add("--normalise", choices=("train", "speaker"), default="train", help="by whose statistics")
+def add_options(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--root", help="folder of the corpus, or file of csv; None: data/DATASET")
+    add("--classes", choices=("four", "all"), default="four",
+        help="angry, happy, neutral and sad, or every label; a csv has its own labels")
+    add("--validation", choices=("next", "none"), default="next",
+        help="the group behind the test speakers validates, or trains as well")
+    add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
+    add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
+    add("--poison", type=at_least(0, float, 1), default=0.0,
+        help="share of the test utterances that is trained on")
+    add("--normalise", choices=("train", "speaker"), default="train",
+        help="by mean and deviation of the training speakers, or of each speaker")
     add("--cache", default="cache", help="folder of the computed features")
 
-
-def add_size_options(add):
-    add("--features", help="mfcc-N or log-mel-N, with N coefficients or bands")
+    add = parser.add_argument_group("sizes").add_argument
+    add("--features", help="mfcc-N or log-mel-N, N coefficients or bands")
     add("--window", type=float, help="seconds of a window; longer utterances become several")
-    add("--channels", type=int, help="channels of the first CNN cell")
+    add("--channels", type=int, default=8, help="channels of the first CNN cell")
     add("--cnn-cells", type=int, help="number of CNN cells")
     add("--seq-cells", type=int, help="number of SeqNN cells; 0 searches a CNN only")
     add("--nodes", type=int, help="nodes in each cell")
     add("--stem-stride", type=int, help="2 halves the map before the first cell")
-    add("--seq-width", type=int, help="width that frames are projected to; 0: their mean over F")
+    add("--seq-width", type=int, help="width of projected frames; 0: their mean over F")
 
-
-def add_method_options(add):
-    models = ["emodarts", "random", "skip", *BASELINES]
-    add("--model", choices=models, default="emodarts", help="searched, random, no operations, ...")
+    add = parser.add_argument_group("search and training").add_argument
+    add("--model", choices=MODELS, default=MODELS[0],
+        help="searched, a random genotype, skip connections only, or designed by hand")
     add("--search", choices=("joint", "cnn", "seq"), default="joint", help="which cells to search")
     add("--genotype", type=genotype_file, metavar="FILE", help="train this one, without a search")
     add("--relaxation", choices=RELAXATIONS, help="all operations of an edge, or one is drawn")
     add("--order", type=int, choices=(1, 2), default=1, help="order of the hypergradient")
     add("--seq-space", choices=SEQ_SPACES, default="all", help="candidate SeqNN operations")
     add("--search-epochs", type=at_least(1), help="epochs of the search")
-    add("--warm-up", type=at_least(0), help="first epochs of the search, which move weights only")
-    add("--alpha-lr", type=at_least(0, float), help="learning rate of the alphas (Adam)")
-    add("--size-penalty", type=at_least(0, float), default=0.0, help="loss of a million weights")
+    add("--warm-up", type=at_least(0), help="the first of these, in which alphas wait")
+    add("--alpha-lr", type=at_least(0, float), default=0.01, help="the alphas' learning rate")
+    add("--size-penalty", type=at_least(0, float), default=0.0,
+        help="added to the alphas' loss for each million of expected weights")
     add("--epochs", type=at_least(1), help="epochs of the training")
     add("--batch", type=at_least(2), default=16, help="batch size of search and training")
     add("--lr", type=at_least(0, float), help="first learning rate; None: the recipe's")
 
-
-def add_run_options(add):
-    add("--out", help="folder of the results; None: runs/DATASET-SCALE-KEY, KEY of all settings")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of results; None: runs/DATASET-SCALE-KEY, KEY of settings")
     add("--seed", type=at_least(0), default=0, help="seed of everything that is random")
-    add("--seeds", type=at_least(1), default=1, help="number of seeds to run, from --seed on")
-    add("--compare", type=at_least(0), nargs="?", const=10, metavar="N", help="with all, N random")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a CUDA GPU if there is one")
+    add("--seeds", type=at_least(1), default=1, help="number of seeds, from --seed on")
+    add("--compare", type=at_least(0), nargs="?", const=10, metavar="N",
+        help="run all other models as well, and N random genotypes (10)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     add("--amp", action="store_true", help="mixed precision (bfloat16), which pays on a GPU")
     add("--threads", type=at_least(1), help="CPU threads; None: torch's choice")
-    add("--dry-run", action="store_true", help="say what would happen, and what it would cost")
-    add("--from", dest="from_", metavar="RUN", help="use its models: --predict, or test --dataset")
+    add("--dry-run", action="store_true", help="say what would happen, and what it costs")
+    add("--from", dest="from_", metavar="RUN", help="test its models on --dataset, or --predict")
     add("--predict", nargs="+", metavar="CLIP", help="wav files that --from's models recognise")
 
 
 def check(options):
     """Refuses sizes and choices that cannot work together, before anything is computed."""
     if options.genotype and options.model != "emodarts":
-        raise InputError(f"--genotype goes with --model emodarts, found --model {options.model}")
+        raise InputError(f"--genotype goes with --model emodarts, not {options.model}")
     if searches(options) and options.warm_up >= options.search_epochs:
         raise InputError(f"--warm-up is {options.warm_up}, expected less than --search-epochs")
     try:
@@ -624,10 +604,8 @@ def check(options):
 
 def settings_of(options, without=()):
     """What a result depends on, as JSON has it: options, and digests of data and code."""
-    kept = {}
-    for name, value in vars(options).items():
-        if name not in NOT_SETTINGS and name not in without:
-            kept[name] = value
+    left_out = {*NOT_SETTINGS, *without}
+    kept = {name: value for name, value in vars(options).items() if name not in left_out}
     return json.loads(json.dumps(kept))
 
 
@@ -646,18 +624,19 @@ def corpus_folder(options):
     return Path(options.out or f"runs/{options.dataset}-{options.scale}-{key}")
 
 
-def run_folder(options):
-    return corpus_folder(options) / f"{model_name(options)}-seed{options.seed}"
-
-
-def fold_folder(options, k):
-    return run_folder(options) / f"fold{k}"
+def folder_of(options, k=None):
+    """Of a run, a model and a seed, or of its fold k."""
+    run = corpus_folder(options) / f"{model_name(options)}-seed{options.seed}"
+    return run if k is None else run / f"fold{k}"
 
 
 # The command -------------------------------------------------------------------------------------
 def command(options):
     """Reads the corpus, then computes the folds that nobody else has; the last one prints."""
-    keep_memory()
+    with suppress(AttributeError, TypeError):  # glibc gives memory back and asks for it again, a
+        mallopt = ctypes.CDLL(None).mallopt  # tenth of a step's time; other libcs have no mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.predict or options.from_:
@@ -680,7 +659,7 @@ def command(options):
         return dry_run(options, runs, data, {k: splits[k] for k in chosen})
     jobs = list(itertools.product(runs, chosen))
     if not work(jobs, lambda run, k: run_fold(run, k, data, splits[k])):
-        return say("other processes have the other folds; the last one prints the table")
+        return say("other processes have other folds; the last one prints the table")
     with lock(corpus_folder(options) / "lock"):  # another process may end at the same moment
         for run in runs:
             finish(run, chosen)
@@ -692,8 +671,8 @@ def plan(options):
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = [(options.model, seed, options.genotype) for seed in seeds]
     if options.compare is not None:
-        models = ["emodarts", "skip", *BASELINES]
-        wanted += [(model, seed, None) for model in models for seed in seeds]
+        others = [model for model in MODELS if model != "random"]
+        wanted += [(model, seed, None) for model in others for seed in seeds]
         wanted += [("random", options.seed + n, None) for n in range(options.compare)]
     runs = []
     for model, seed, genotype in wanted:
@@ -710,27 +689,15 @@ def data_of(options, listing, classes, device):
                 cache=options.cache, skip_bad=options.skip_bad, progress=say)
 
 
-def keep_memory():
-    """glibc gives memory back and asks for it again: a tenth of a step's time."""
-    with suppress(AttributeError, TypeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def pick_device(name):
-    local = os.environ.get("LOCAL_RANK", "0")  # torchrun's: each process of a machine takes a GPU
-    if not local.isdecimal():
-        raise InputError(f"LOCAL_RANK is {local!r}, expected a number, as of torchrun; unset it")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local}"
+    if name == "cuda":  # torchrun gives each process of a machine a number, and so a GPU
+        name += ":" + os.environ.get("LOCAL_RANK", "0")
     try:
         torch.ones(1, device=name).tolist()
     except Exception as error:  # what torch raises depends on the device
-        why = f"{str(error):.150}"
-        raise InputError(f"--device {name} cannot be used here ({why}); cpu always can") from None
+        raise InputError(f"--device {name} cannot be used here ({error!s:.150})") from None
     return torch.device(name)
 
 
@@ -741,7 +708,7 @@ def work(jobs, compute):
     for run, k in jobs:
         if result_of(run, k):
             continue
-        with lock(fold_folder(run, k) / "lock", wait=False) as mine:
+        with lock(folder_of(run, k) / "lock", wait=False) as mine:
             if mine and not result_of(run, k):
                 compute(run, k)
     return all(result_of(run, k) for run, k in jobs)
@@ -757,13 +724,12 @@ COLUMNS += ["seconds"]
 
 
 class Checkpoint:
-    """Where a fold stands: stage, epochs that are done, rows of log.csv, what the search found; and
-    as `parts` the networks and optimisers of the stage. Now and then it is saved."""
+    """Where a fold stands; as `parts` it has the networks and optimisers of the stage."""
     KEPT = ["fold", "settings", "stage", "epoch", "rows", "genotype", "decision"]
 
     def __init__(self, options, fold):
         self.options, self.settings, self.fold = options, settings_of(options), fold
-        self.file = fold_folder(options, fold) / "checkpoint.pt"
+        self.file = folder_of(options, fold) / "checkpoint.pt"
         self.stage, self.epoch, self.rows = "search", 0, []
         self.genotype = self.decision = None
         self.parts, self.states = {}, {}  # states of a file wait there for `restore`
@@ -803,14 +769,16 @@ class Checkpoint:
         row = {name: round(float(value), 6) for name, value in row.items()}
         self.epoch += 1
         self.rows.append({"stage": self.stage, "epoch": self.epoch} | row)
-        table = [[logged.get(name, "") for name in COLUMNS] for logged in self.rows]
-        write(self.file.with_name("log.csv"), as_csv([COLUMNS, *table]))
+        out = io.StringIO(newline="")
+        log = csv.DictWriter(out, COLUMNS)
+        log.writeheader()
+        log.writerows(self.rows)
+        write(self.file.with_name("log.csv"), out.getvalue())
         run = self.options
         epochs = run.search_epochs if self.stage == "search" else run.epochs
-        left = epochs - self.epoch + (run.epochs if self.stage == "search" else 0)
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         say(f"{model_name(run)}, seed {run.seed}, fold {self.fold}  {self.stage} "
-            f"{self.epoch}/{epochs}  {values}  {left * row['seconds']:.0f} s left")
+            f"{self.epoch}/{epochs}  {values}")
         if now >= self.saved + SAVE_EVERY:
             self.save()
 
@@ -818,12 +786,6 @@ class Checkpoint:
         self.genotype, self.decision = genotype and genotype.cells(), decision
         self.stage, self.epoch, self.parts = "train", 0, {}
         self.save()
-
-    def seconds(self):
-        total = {"search": 0.0, "train": 0.0}
-        for row in self.rows:
-            total[row["stage"]] += row["seconds"]
-        return total
 
 
 @contextmanager
@@ -835,46 +797,43 @@ def reading(file):
         raise
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{file} is damaged, or of another version ({lines[0]:.150}); "
-                         "delete it, or name another") from None
+        raise InputError(f"{file} is damaged ({lines[0]:.150}); delete it") from None
 
 
 def refuse_another_run(file, theirs, mine):
     """Settings in a file must be those of the command."""
-    differ = []
-    for name in mine:
-        if theirs.get(name) != mine[name]:
-            differ.append(f"{name} ({theirs.get(name)!s:.60} there, {mine[name]!s:.60} here)")
-    what = f"with other settings: {', '.join(differ)}"
-    if theirs.get("code") != mine["code"]:
-        what = "made by other code: emodarts.py, features.py or train.py was another"
-    elif theirs.get("data") != mine["data"]:
-        what = "of other data: recordings, labels, speakers or splits were others"
-    if differ:
-        raise InputError(f"{file} is of a run {what}; give another --out")
+    differ = [name for name in mine if theirs.get(name) != mine[name]]
+    if not differ:
+        return
+    what = "other settings:"
+    for name in differ:
+        what += f" {name} {theirs.get(name)!s:.60} there, {mine[name]!s:.60} here;"
+    if "code" in differ:
+        what = "other code: emodarts.py, features.py or train.py was another;"
+    elif "data" in differ:
+        what = "other data: recordings, labels, speakers or splits were others;"
+    raise InputError(f"{file} is of {what} give another --out")
 
 
 def read_result(file, mine):
-    """-> what result.json says of a fold, and where it lies; `mine`: settings it must have."""
+    """-> what result.json says of a fold; `mine`: settings that it must have."""
     with reading(file):
         result = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
         refuse_another_run(file, result["settings"], mine)
-        return result | {"folder": file.parent}
+    return result
 
 
 def result_of(options, k):
     """The result of a fold; None while there is none."""
-    file = fold_folder(options, k) / "result.json"
+    file = folder_of(options, k) / "result.json"
     return read_result(file, settings_of(options)) if file.exists() else None
 
 
 def finished_runs(options, chosen):
-    """(name of the model, seed) -> results of the chosen folds, of all runs in the folder that have
-    them, whoever computed them. Refuses a folder of other settings."""
-    results, mine = [], settings_of(options, without=OF_A_RUN)
-    for file in sorted(corpus_folder(options).glob("*/fold*/result.json")):
-        results.append(read_result(file, mine))
-    return by_run(results, chosen)
+    """See `by_run`, of all runs in the folder, which must not be of other settings."""
+    mine = settings_of(options, without=OF_A_RUN)
+    files = sorted(corpus_folder(options).glob("*/fold*/result.json"))
+    return by_run([read_result(file, mine) for file in files], chosen)
 
 
 def by_run(results, chosen):
@@ -883,26 +842,11 @@ def by_run(results, chosen):
     for result in results:
         folds = runs.setdefault((result["model"], result["seed"]), {})
         folds[result["fold"]] = result
-    whole = [run for run in sorted(runs) if set(chosen) <= set(runs[run])]
-    return {run: [runs[run][k] for k in chosen] for run in whole}
-
-
-@cache
-def versions():
-    """By what a result is made, for information."""
-    commit = ""
-    with suppress(OSError):  # no git
-        here = Path(__file__).resolve().parent
-        git = ["git", "-C", here, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = f"torch {torch.__version__}, torchaudio {torchaudio.__version__}"
-    return f"commit {commit or 'unknown'}, python {sys.version.split()[0]}, {packages}"
-
-
-def as_csv(rows):
-    out = io.StringIO(newline="")
-    csv.writer(out).writerows(rows)
-    return out.getvalue()
+    whole = {}  # in the order of MODELS, given genotypes behind
+    for run in sorted(runs, key=lambda run: ([*MODELS, run[0]].index(run[0]), run)):
+        if set(chosen) <= set(runs[run]):
+            whole[run] = [runs[run][k] for k in chosen]
+    return whole
 
 
 def say(text):
@@ -923,7 +867,7 @@ def notes_of(options, classes, bad):
         share = f"{100 * options.poison:g} % of the test utterances"
         notes.append(f"not speaker-independent: {share} were trained on")
     if bad:
-        notes.append(f"{len(bad)} recordings cannot be used, were skipped, and are in results.json")
+        notes.append(f"{len(bad)} recordings that cannot be used were skipped, see results.json")
     return notes
 
 
@@ -942,9 +886,17 @@ def spread(values):
     return text
 
 
-def confusions(results, test):
-    """-> (folds, classes, classes)"""
-    return np.array([result["tests"][test]["confusion"] for result in results])
+def values_of(seeds, test, metric):
+    """Results of the folds of each seed -> a metric of theirs, (seeds, folds)"""
+    values = []
+    for results in seeds:
+        values.append([metric(confusion_of([result], test)) for result in results])
+    return np.array(values)
+
+
+def confusion_of(results, test):
+    """The confusion matrix of all these folds together."""
+    return np.sum([result["tests"][test]["confusion"] for result in results], axis=0)
 
 
 def markdown(head, rows):
@@ -954,15 +906,14 @@ def markdown(head, rows):
         lines.append([str(cell) for cell in row] + [""] * (len(head) - len(row)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    aligned = [" | ".join(map(str.ljust, line, widths)) for line in lines]
-    return "\n".join(f"| {line} |" for line in aligned)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def table(results, test, cell=str):
     """What a run ends with: a row for each fold; mean, deviation and pooled metrics."""
-    matrices = confusions(results, test)
     rows, mean, pooled = [], ["mean ± std", "", "", ""], ["pooled", "", "", ""]
-    for result, matrix in zip(results, matrices):
+    for result in results:
+        matrix = confusion_of([result], test)
         speakers = cell(listed(result["tests"][test]["speakers"], 4))
         row = [result["fold"], speakers, cell(listed(result["validation"], 4)), matrix.sum()]
         row += [percent(metric(matrix)) for metric in METRICS.values()]
@@ -971,45 +922,28 @@ def table(results, test, cell=str):
             row.append(f"{seconds:.0f} s")
         rows.append(row)
     for metric in METRICS.values():
-        mean.append(spread(metric_of([results], test, metric)))
-        pooled.append(percent(metric(matrices.sum(axis=0))))
+        mean.append(spread(values_of([results], test, metric)))
+        pooled.append(percent(metric(confusion_of(results, test))))
     head = ["fold", test, "validation", "utterances", *METRICS, "parameters", "search", "training"]
     return markdown(head, [*rows, mean, pooled])
-
-
-def best_epoch(results):
-    """A note, in a list, where the log has followed the test speakers."""
-    if "test_ua" not in results[0]["log"][-1]:
-        return []
-    said = "best epoch on the test speakers, as the authors count:"
-    for name in METRICS:
-        column = f"test_{name.lower()}"
-        best = [max(row.get(column, 0) for row in result["log"]) for result in results]
-        said += f" {name} {percent(np.mean(best))}"
-    return [said]
 
 
 def finish(run, chosen):
     """Of a run that is finished: writes results.json and report.md, then prints the table."""
     results = [result_of(run, k) for k in chosen]
-    folder = run_folder(run)
-    folds = []
-    for result in results:
-        folds.append({name: result[name] for name in result if name not in ("folder", "seen")})
-    about = {"settings": settings_of(run), "folds": folds}
-    write(folder / "results.json", json.dumps(about))
+    folder = folder_of(run)
+    write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": results}))
     write(folder / "report.md", report(results, run))
     print(f"\n{run.dataset}, protocol {run.protocol}: {model_name(run)}, seed {run.seed}")
     for test in results[0]["tests"]:
         print(table(results, test))
-    print(*best_epoch(results), *results[0]["notes"], sep="\n")
-    print(f"report.md, results, genotypes, logs, models and predictions are in {folder}")
+    print(*results[0]["notes"], sep="\n")
+    print(f"report.md, models, logs and predictions are in {folder}")
 
 
 # The table of all models and seeds ---------------------------------------------------------------
 def compare(options, chosen):
-    """Of all runs in the folder that have the chosen folds, whoever computed them: writes table.md
-    and results.json, with the figures of each seed and fold, and prints the table."""
+    """Writes and prints the table of all runs in the folder, whoever computed them."""
     runs, folder = finished_runs(options, chosen), corpus_folder(options)
     rows, text = comparison(runs)
     about = {"settings": settings_of(options, without=OF_A_RUN), "rows": rows}
@@ -1020,84 +954,37 @@ def compare(options, chosen):
 
 
 def comparison(runs):
-    """`runs`: see `by_run`. -> rows of the table, {column: cell}, with the figures they were made
-    of; and as Markdown, a row for each model and for the ensemble of its seeds."""
-    order = ["emodarts", "random", "skip", *BASELINES]  # others behind: given genotypes
-    models = {name: [] for name in order}
+    """-> a row for each model, {column: cell}, with its figures; and the table in Markdown"""
+    models, rows = {}, []  # name -> for each seed the results of its folds
     for (name, _), results in runs.items():
         models.setdefault(name, []).append(results)
-    models = {name: seeds for name, seeds in models.items() if seeds}
-    rows = []
-    for test in results[0]["tests"]:
-        rows += rows_of(models, test)
-        together = {f"{name}, ensemble": ensemble(seeds, test) for name, seeds in models.items()}
-        rows += rows_of({name: seeds for name, seeds in together.items() if seeds}, test)
+    for test, name in itertools.product(results[0]["tests"], models):
+        rows.append(row_of(name, models[name], test, next(iter(models.values()))))
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
-    text = markdown(heads, [[row.get(name, "") for name in heads] for row in rows])
-    legend = ("mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over "
-              "folds against the first row, ensembles against the first of them, seeds averaged")
-    return rows, "\n".join([text, legend, *results[0]["notes"]])
+    cells = [list(map(row.get, heads)) for row in rows]
+    legend = "mean ± deviation over folds (± seeds); p: paired t-test over folds, with row 1"
+    return rows, "\n".join([markdown(heads, cells), legend, *results[0]["notes"]])
 
 
-def rows_of(models, test):
-    """`models`: name -> for each seed the results of its folds. -> a row for each"""
-    rows = []
-    for name, seeds in models.items():
-        results = list(itertools.chain(*seeds))
-        values = {metric: metric_of(seeds, test, METRICS[metric]) for metric in METRICS}
-        first = values["UA"] if not rows else first
-        row = {"set": test, "model": name, "seeds": len(seeds), "p": p_value(values["UA"], first)}
-        seen = [result["validation_ua"] for result in results]
-        if None not in seen:
-            values["validation UA"] = np.reshape(seen, (len(seeds), -1))
-        for metric, value in values.items():
-            row[metric] = spread(value)
-            row[f"{metric} of seeds, folds"] = value.tolist()
-        row["weights"] = f"{mean_of(results, 'parameters'):,.0f}"
-        if "seconds" in results[0]:  # a model.pt does not know
-            row["search"] = f"{mean_of(results, 'seconds', 'search'):.0f} s"
-            row["training"] = f"{mean_of(results, 'seconds', 'train'):.0f} s"
-            row["peak"] = f"{max(result['peak_gb'] or math.nan for result in results):.2f} GB"
-        rows.append(row)
-    return rows
-
-
-def ensemble(seeds, test):
-    """A model's seeds -> its folds, as of one seed, when the logits of all are averaged. []: there
-    is one seed, or they were tested on different utterances. predictions.csv has probabilities:
-    their logarithms are the logits, up to a constant for each utterance."""
-    folds = []
-    for results in zip(*seeds):  # of a fold, one for each seed
-        total, utterances = 0, []
-        for result in results:
-            with reading(result["folder"] / result["tests"][test]["predictions"]) as file:
-                text = file.read_text(encoding="utf-8", errors="surrogateescape")
-                rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
-                utterances.append([row[:2] for row in rows])
-                p = np.array([row[3:] for row in rows], dtype=float)
-            if len(results) < 2 or utterances[-1] != utterances[0]:
-                return []
-            total = total + np.log(np.maximum(p, 1e-300))
-        labels = [result["classes"].index(label) for _, label in utterances[0]]
-        confusion = confusion_matrix(labels, torch.from_numpy(total))
-        folds.append(result | {"tests": {test: {"confusion": confusion}}})
-    return [folds]
-
-
-def mean_of(results, *keys):
-    """Of what stands in each result under these keys, one inside the other."""
-    values = results
-    for key in keys:
-        values = [value[key] for value in values]
-    return np.mean(values)
-
-
-def metric_of(seeds, test, metric):
-    """-> (seeds, folds)"""
-    values = []
-    for results in seeds:
-        values.append([metric(matrix) for matrix in confusions(results, test)])
-    return np.array(values)
+def row_of(name, seeds, test, first):
+    """`seeds`: for each seed of a model the results of its folds, `first`: those of the first."""
+    results = list(itertools.chain(*seeds))
+    values = {metric: values_of(seeds, test, METRICS[metric]) for metric in METRICS}
+    p = p_value(values["UA"], values_of(first, test, ua))
+    row = {"set": test, "model": name, "seeds": len(seeds), "p": p}
+    seen = [result["validation_ua"] for result in results]
+    if None not in seen:
+        values["validation UA"] = np.reshape(seen, (len(seeds), -1))
+    for metric, value in values.items():
+        row[metric] = spread(value)
+        row[f"{metric} of seeds, folds"] = value.tolist()
+    row["weights"] = f"{np.mean([result['parameters'] for result in results]):,.0f}"
+    if "seconds" in results[0]:  # a model.pt does not know
+        for stage in ("search", "train"):
+            seconds = [result["seconds"][stage] for result in results]
+            row[stage] = f"{np.mean(seconds):.0f} s"
+        row["peak"] = f"{max(result['peak_gb'] or math.nan for result in results):.2f} GB"
+    return row
 
 
 def p_value(values, reference):
@@ -1113,24 +1000,21 @@ def report(results, options):
     """Made of the results alone. -> Markdown, with Mermaid graphs."""
     first, dataset = results[0], plain(options.dataset)
     text = [f"# {dataset}, protocol {options.protocol}: {first['model']}, seed {options.seed}"]
-    text.append("## Results")
-    text += map(plain, first["notes"])
+    text += ["## Results", *map(plain, first["notes"])]
     text += [table(results, test, plain) for test in first["tests"]]
-    text += best_epoch(results)
-    text += ["## Confusion", "Rows: what it was. Columns: what it was taken for. All folds."]
+    text += ["## Confusion", "Rows: what it was. Columns: what it was taken for."]
     text += [confusion_table(results, test) for test in first["tests"]]
     if first["decision"]:
         text += ["## Has the search decided?", decision_text(results, options)]
     if first["genotype"]:  # none of a baseline
-        text += ["## The genotypes", "Inputs 0 and 1 are the outputs of the two cells before. "
-                 "A search that collapses has `skip_connect` nearly everywhere."]
+        text += ["## The genotypes", "A search that collapses has skip_connect nearly everywhere."]
         for result in results:
             text.append(f"### Fold {result['fold']}")
-            text += [graph(kind, cell) for kind, cell in result["genotype"].items()]
+            text += itertools.starmap(graph, result["genotype"].items())
     text += ["## Learning curves", "Means over the folds, epoch by epoch."]
     text += [curves(results, stage) for stage in ("search", "train")]
-    settings = {"made by": first["versions"]} | settings_of(options)
-    rows = [[name, plain(value)] for name, value in settings.items()]
+    rows = [[name, plain(value)] for name, value in first["settings"].items()]
+    rows.append(["made by", first["versions"]])
     text += ["## Settings", markdown(["setting", "value"], rows)]
     return "\n\n".join(filter(None, text)) + "\n"
 
@@ -1141,7 +1025,7 @@ def plain(text):
 
 
 def confusion_table(results, test):
-    matrix = confusions(results, test).sum(axis=0)
+    matrix = confusion_of(results, test)
     classes = list(map(plain, results[0]["classes"]))
     rows = []
     for k, name in enumerate(classes):
@@ -1151,40 +1035,32 @@ def confusion_table(results, test):
 
 
 def decision_text(results, options):
-    decided = mean_of(results, "decision", "entropy")
-    mixed = mean_of(results, "decision", "ua_all_operations")
-    alone = mean_of(results, "decision", "ua_of_genotype")
-    text = (
-        f"Entropy of the alphas at the end (1: undecided, 0: decided): {decided:.4f}. "
-        "Validation UA (training UA where nobody validates) of the supernet's weights with all "
-        f"operations {percent(mixed)}, with those of the genotype alone {percent(alone)}."
-    )
+    mean = {}
+    for name in results[0]["decision"]:
+        mean[name] = np.mean([result["decision"][name] for result in results])
+    text = ("Entropy of the alphas at the end (1: undecided, 0: decided) {entropy:.4f}; validation "
+            "UA (else training UA) of the supernet's weights with all operations "
+            "{ua_all_operations:.3f}, with those of the genotype {ua_of_genotype:.3f}.")
     if len(results) > 1:
         text += " " + agreement([result["genotype"] for result in results], options)
-    return text
+    return text.format(**mean)
 
 
 def agreement(genotypes, options):
-    """How many searched edges two folds have in common, on average over pairs of folds, and how
-    many two random genotypes would: each keeps 2 of a node's i predecessors and one of n
-    operations."""
-    edges = [searched_edges(genotype, options) for genotype in genotypes]
-    common = np.mean([len(a & b) for a, b in itertools.combinations(edges, 2)])
-    by_chance = 0.0
-    for kind, i, _, _ in edges[0]:
+    """Searched edges that two folds have in common on average, and two random genotypes would."""
+    fixed, sets, by_chance = fixed_cells(options).cells(), [], 0.0
+    for genotype in genotypes:
+        edges = set()
+        for kind in genotype.keys() - fixed.keys():
+            for i, node in enumerate(genotype[kind], start=2):
+                edges.update((kind, i, *edge) for edge in node)
+        sets.append(edges)
+    common = np.mean([len(a & b) for a, b in itertools.combinations(sets, 2)])
+    for kind, i, _, _ in edges:
         operations = SEQ_SPACES[options.seq_space] if kind == "seq" else CNN_OPS
-        by_chance += 2 / i / (len(operations) - 1)  # all but `none`
-    return (f"Two folds have {common:.1f} of {len(edges[0])} edges in common, "
-            f"two random genotypes {by_chance:.1f}.")
-
-
-def searched_edges(genotype, options):
-    """-> {(kind of cell, node, operation, predecessor)}"""
-    edges = set()
-    for kind in genotype.keys() - fixed_cells(options).cells().keys():
-        for i, node in enumerate(genotype[kind], start=2):
-            edges.update((kind, i, *edge) for edge in node)
-    return edges
+        by_chance += 2 / i / (len(operations) - 1)  # two of i predecessors, all but `none`
+    return (f"Two folds have {common:.1f} of {len(edges)} edges in common, two random genotypes "
+            f"{by_chance:.1f}.")
 
 
 def graph(kind, cell):
@@ -1198,20 +1074,16 @@ def graph(kind, cell):
 
 
 def curves(results, stage):
-    """Of each epoch the loss of the weights and, of the validation speakers, each metric, as a
-    Mermaid chart, which has no legend: its title names the lines."""
-    columns = {"loss": "loss"}
-    for metric in METRICS:
-        columns[f"val_{metric.lower()}"] = f"validation {metric}"
+    """Loss and metrics of validation speakers as a Mermaid chart, whose title is the legend."""
     names, lines = [], []
-    for column, name in columns.items():
+    for column in ["loss", *(f"val_{metric.lower()}" for metric in METRICS)]:
         logs = []
         for result in results:
             rows = [row for row in result["log"] if row["stage"] == stage]
             logs.append([row[column] for row in rows if column in row])
         points = [f"{value:.6g}" for value in np.mean(logs, axis=0)]
         if len(points) > 1:
-            names.append(name)
+            names.append(column)
             lines.append(f"    line [{', '.join(points)}]")
             epochs = len(points)
     if not lines:  # a baseline has no search
@@ -1223,12 +1095,9 @@ def curves(results, stage):
 
 # What it will cost -------------------------------------------------------------------------------
 def dry_run(options, runs, data, splits):
-    """Says what there is, what would happen, and what it costs, measured here with a network of
-    each model. `splits`: number of a fold -> features.Fold"""
+    """Says what there is, what would happen, and what it costs here, measured on noise."""
     windows = np.diff(data.store.first)  # of each utterance
-    labels = []
-    for name, count in zip(data.classes, np.bincount(data.labels)):
-        labels.append(f"{count} {name}")
+    labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels))]
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(windows)} utterances "
           f"({', '.join(labels)}), {data.store.seconds.sum() / 60:.1f} minutes, "
           f"{windows.sum()} windows of {options.window:g} s")
@@ -1252,13 +1121,12 @@ def dry_run(options, runs, data, splits):
             peak = peak_memory(data.device) or math.nan
             total, most = total + count * seconds, max(most, peak)
             print(f"cost      {model}, {kind}: {count:,} of {seconds:.3g} s, {peak:.3g} GB")
-    print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, peak {most:.3g} GB")
-    print(f"a dry run: no fold was computed; a run goes to {corpus_folder(options)}")
+    print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, peak {most:.3g} GB; "
+          f"nothing was trained; a run goes to {corpus_folder(options)}")
 
 
 def steps_of(options, classes, device):
-    """-> for each kind of step its name and a function that makes one, with noise of the real size.
-    One by one: a supernet is gone before the steps of its derived network are measured."""
+    """-> one by one, as memory counts, the name of a kind of step and a function that makes one."""
     shape = Settings(options.features, options.window).shape
     x = torch.randn(options.batch, 1, *shape, device=device)
     target = torch.arange(options.batch, device=device) % classes
@@ -1266,15 +1134,12 @@ def steps_of(options, classes, device):
     def step(net, optimizer, constants=()):
         with held_fixed(constants):
             weight_step(F.cross_entropy(forward(net, x, options), target), optimizer)
-
     genotype = given_genotype(options)
     if searches(options):
         net = network(options, classes).to(device)
         genotype = derive(net)
-        for name, part in (("supernet", net), ("CNN cells", net.cnn), ("SeqNN cells", net.seq)):
-            print(f"weights   {name}: {sum(p.numel() for p in part.parameters()):,}")
         architect, batch = Architect(net, F.cross_entropy, order=options.order), (x, target)
-        yield "alpha step", partial(alpha_step, architect, batch, batch, 1e-3, options)
+        yield "alpha step", partial(architect.step, batch, batch, 1e-3)
         del architect
         yield "weight step", partial(step, net, optimizer_of(net.weights(), options), net.alphas())
     net = network(options, classes, genotype).to(device)
@@ -1310,8 +1175,6 @@ def peak_memory(device):
 
 # The use of finished models ----------------------------------------------------------------------
 def read_model(file):
-    """-> what is `about` the model, its `options`, as far as results depend on them, its `net`,
-    `mean_std`, (F,) each (None: each speaker has one's own), and the `folder` that it lies in."""
     with reading(file):
         found = torch.load(file, map_location="cpu", weights_only=True)
         about = json.loads(found["about"])
@@ -1321,8 +1184,9 @@ def read_model(file):
         with torch.device("meta"):
             net = network(options, len(about["classes"]), genotype).eval()
         net.load_state_dict(found["weights"], assign=True)
-        return argparse.Namespace(about=about, options=options, net=net,
-                                  mean_std=found["mean_std"], folder=file.parent)
+        mean_std = found["mean_std"]  # (F,) each; None: each speaker has one's own
+        return argparse.Namespace(about=about, options=options, net=net, mean_std=mean_std,
+                                  folder=file.parent)
 
 
 def use(options):
@@ -1333,7 +1197,7 @@ def use(options):
     if folder.is_file():
         files = [folder]
     if not options.from_ or not files:
-        raise InputError(f"--from is {options.from_}, expected a folder with models, or a model.pt")
+        raise InputError(f"--from is {options.from_}, expected a folder with models")
     models = [read_model(file) for file in files]
     if options.predict:
         return recognise(models, options.predict)
@@ -1349,14 +1213,14 @@ def recognise(models, clips):
     """By the mean of the models' logits."""
     names = sorted({f"{model.about['model']}-seed{model.about['seed']}" for model in models})
     if len(names) > 1:
-        raise InputError(f"--from names the models of several runs: {listed(names)}; name one")
+        raise InputError(f"--from has models of several runs: {listed(names)}; name one")
     classes, options = models[0].about["classes"], models[0].options  # of all folds of a run
     settings = Settings(options.features, options.window)
     maps = {}  # clip -> (windows, F, T), rounded as in training
     for clip in clips:
         maps[clip] = features.maps_of(features.read_wav(clip), settings).float()
     if options.normalise == "speaker":
-        print("normalised by the mean and deviation of all these clips, as of one speaker")
+        print("all clips are normalised together, as if of one speaker")
     own = features.mean_std(maps.values())
     for clip in clips:
         logits = []
@@ -1372,19 +1236,23 @@ def recognise(models, clips):
 
 
 def score_corpus(models, options):
-    """The tables of finished models on a corpus of which they have seen no recording. Predictions
-    go beside the models, into a folder of their own."""
+    """The tables of finished models on a corpus of which they have seen no recording."""
     device, first, name = pick_device(options.device), models[0], options.dataset
     listing = read_corpus(name, options.root, options.classes, options.protocol)
     classes = tuple(first.about["classes"])
     if not set(listing.classes) <= set(classes):
-        raise InputError(f"{name} has the classes {listed(listing.classes)}, expected none but the "
-                         f"models' {listed(classes)}")
+        unknown = listed(sorted(set(listing.classes) - set(classes)))
+        raise InputError(f"{name} has the classes {unknown}, which the models have not")
     for model in models:
-        refuse_seen(model, listing)
+        seen = set(map(tuple, model.about["seen"]))
+        for utterance, known in zip(listing.utterances, listing.prints):
+            if known in seen:
+                fold = f"the model of fold {model.about['fold']} was trained or validated on it"
+                raise InputError(f"{utterance.path}: {fold}; expected recordings new to it")
     first.options.cache, first.options.skip_bad = options.cache, options.skip_bad
     data = data_of(first.options, listing, classes, device)
-    print(*(f"skipped: {why}" for why in data.store.bad.values()), sep="\n")
+    for why in data.store.bad.values():
+        print(f"skipped: {why}")
     usable = [i for i in range(len(data.labels)) if i not in data.store.bad]
     results, file = [], f"{name}-{listing.digest[:8]}/predictions.csv"
     for model in models:
@@ -1392,22 +1260,13 @@ def score_corpus(models, options):
         net = model.net.to(device)
         (model.folder / file).parent.mkdir(exist_ok=True)
         tests = {name: score(net, data, usable, model.options, model.folder, file)}
-        results.append(model.about | {"tests": tests, "folder": model.folder})
+        results.append(model.about | {"tests": tests})
     runs = by_run(results, sorted({result["fold"] for result in results}))
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
     if len(runs) > 1:
         print(f"\n{comparison(runs)[1]}")
     print(f"predictions are beside each model, in {file}")
-
-
-def refuse_seen(model, listing):
-    """InputError for a recording that the model was trained or validated on."""
-    seen = set(map(tuple, model.about["seen"]))
-    for utterance, known in zip(listing.utterances, listing.prints):
-        if known in seen:
-            fold = f"the model of fold {model.about['fold']} was trained or validated on it"
-            raise InputError(f"{utterance.path}: {fold}; expected recordings that are new to it")
 
 
 def main(argv=None):
@@ -1422,13 +1281,11 @@ def main(argv=None):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        said = str(error)
-        memory = "out of memory" in said or "can't allocate memory" in said
-        memory = memory or isinstance(error, MemoryError)
-        if isinstance(error, RuntimeError) and not memory:
-            raise
-        if memory:
+        said = str(error) or "out of memory"  # as a MemoryError may be
+        if "out of memory" in said or "allocate memory" in said:
             said += "; --relaxation sample, smaller --batch, --channels and --nodes take less"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"error: {said}", file=sys.stderr, flush=True)
         if isinstance(error, BrokenPipeError):  # Python would try it once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,13 +17,10 @@ for speech emotion recognition, in one file that needs torch alone. The method, 
 
 The problem is bi-level: find the alphas (which operation stands on which edge) that are best on
 validation data when the weights w are those that are best on training data for these alphas:
-
     alpha* = argmin_alpha L_val(w*(alpha), alpha)    s.t.    w*(alpha) = argmin_w L_train(w, alpha)
-
 Read on: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations),
 Genotype (the choice made discrete again), Network, derive, Architect (the hypergradient). Shapes:
 a map is (N, C, F, T) = batch, channels, features, time; a sequence (N, T, D) = batch, time, width.
-
 [P] Rajapakshe et al., "emoDARTS", IEEE Access 12, 2024 (arXiv 2403.14083)
 [D] Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", 2019 (arXiv 1806.09055)
 [G] Dong, Yang, "Searching for a Robust Neural Architecture in Four GPU Hours", 2019 (1910.04465)
@@ -44,8 +41,7 @@ from torch import nn
 # (BN) learns a scale; while searching it would undo what alpha says about the operation.
 
 
-class Zero(nn.Module):
-    """`none`: no connection."""
+class Zero(nn.Module):  # `none`: no connection
     def forward(self, x):
         return torch.zeros_like(x)
 
@@ -67,8 +63,7 @@ def sep_conv(c, stride, affine, *, kernel):
 def dil_conv(c, stride, affine, *, kernel):
     if stride == 1:
         return relu_conv_bn(c, kernel, 1, 2, affine)
-    # = relu_conv_bn(c, kernel, 2, 2, affine), which looks at the even grid only; several times
-    # faster on a CPU: AvgPool2d(1, 2) is x[:, :, ::2, ::2], its gradient stays channels_last.
+    # = relu_conv_bn(c, kernel, 2, 2, affine), several times faster on a CPU: x[:, :, ::2, ::2]
     return nn.Sequential(nn.AvgPool2d(1, 2), *relu_conv_bn(c, kernel, 1, 1, affine))
 
 
@@ -76,8 +71,7 @@ def pool(c, stride, affine, *, layer):
     return nn.Sequential(layer(3, stride, padding=1), nn.BatchNorm2d(c, affine=affine))
 
 
-def conv_1x1(c_in, c_out, affine):
-    """(N, C_in, F, T) -> (N, C_out, F, T): brings an input of a cell to the cell's channels."""
+def conv_1x1(c_in, c_out, affine):  # brings an input of a cell to the cell's channels
     convolution = nn.Conv2d(c_in, c_out, 1, bias=False)
     return nn.Sequential(nn.ReLU(), convolution, nn.BatchNorm2d(c_out, affine=affine))
 
@@ -128,9 +122,8 @@ class Recurrent(nn.Module):
                     nn.init.xavier_uniform_(gate)
                 elif "weight_hh" in name:
                     nn.init.orthogonal_(gate)
-                else:  # a bias; of an LSTM k is 0 for input, 1 for forget, 2 for cell, 3 for output
-                    forget = layer is nn.LSTM and "bias_ih" in name and k == 1
-                    nn.init.constant_(gate, float(forget))
+                else:  # an LSTM's gates are input, forget, cell and output
+                    nn.init.constant_(gate, layer is nn.LSTM and "bias_ih" in name and k == 1)
 
     def forward(self, x):
         return self.norm(self.rnn(x)[0])
@@ -191,8 +184,7 @@ class MixedOp(nn.Module):
             if total is None:
                 total = weight * y
             elif y.shape != total.shape:
-                raise ValueError(f"{name} returns the shape {tuple(y.shape)}, the operations "
-                                 f"before it return {tuple(total.shape)}")
+                raise ValueError(f"{name} returns {y.shape}, operations before it {total.shape}")
             else:
                 total.addcmul_(weight, y)  # total += weight * y, a few percent faster
         return total
@@ -242,7 +234,6 @@ class CNNCell(Cell):
         def make(name, j):
             stride = 2 if kind == "reduce" and j < 2 else 1
             return CNN_OPS[name](c, stride, affine)
-
         before_s0 = factorized_reduce if halve_s0 else conv_1x1
         before = before_s0(c0, c, affine), conv_1x1(c1, c, affine)
         super().__init__(kind, wiring, make, before)
@@ -271,8 +262,7 @@ class Genotype:
         for kind, cell in self.cells().items():  # lists, as JSON has them, become tuples
             object.__setattr__(self, kind, checked_cell(kind, cell))
 
-    def cells(self):
-        """{kind: cell} of the cells that are there."""
+    def cells(self):  # {kind: cell} of the cells that are there
         return {kind: cell for kind, cell in vars(self).items() if cell is not None}
 
     def to_json(self):
@@ -327,13 +317,10 @@ class Frames(nn.Module):
 
 
 class Network(nn.Module):
-    """Map -> CNN cells -> SeqNN cells -> logits. Without `genotype` the supernet (every edge is a
-    mixed operation, and there are alphas), with one the derived network. The defaults are the
-    paper's. ValueError for sizes that cannot be, or that do not go with the genotype."""
+    """Map -> CNN cells -> SeqNN cells -> logits. Without `genotype` the supernet, with one the
+    derived network. Defaults: the paper's. ValueError for sizes and cells that do not fit."""
     def __init__(
-        self, *,
-        classes=4,
-        bands=128,  # F of the maps
+        self, *, classes=4, bands=128,  # number of emotions; F of the maps
         channels=8,  # of the first CNN cell; each of the (at most two) reduction cells doubles them
         cnn_cells=4,  # at least 1; reduction cells stand at 1/3 and 2/3 of the depth
         seq_cells=4,  # 0 gives the CNN-only search of 2023
@@ -343,8 +330,7 @@ class Network(nn.Module):
         seq_space="all",  # candidate operations of the SeqNN, a key of SEQ_SPACES
         relaxation="softmax",  # or "sample", see `relaxed`
         dropout=0.0,  # after each cell (the authors: 0.3, with which few data are not learnt)
-        fixed=None,  # a Genotype of the cells that a search leaves as they are
-        genotype=None,
+        fixed=None, genotype=None,  # fixed: a Genotype of the cells that a search leaves alone
     ):
         super().__init__()
         sizes = dict(classes=classes, bands=bands, channels=channels, cnn_cells=cnn_cells,
@@ -368,8 +354,7 @@ class Network(nn.Module):
             nodes, halve_s0 = wiring[kind], k > 0 and kinds[k - 1] == "reduce"
             self.cnn.append(CNNCell(kind, nodes, older[0], newer[0], c, halve_s0, affine))
             older, newer = newer, (len(nodes) * c, f)
-        width = seq_width or newer[0]
-        read = [older, newer] if seq_cells else [newer]
+        width, read = seq_width or newer[0], [older, newer] if seq_cells else [newer]
         self.bridge = nn.ModuleList(Frames(*size, seq_width) for size in read)
         self.seq = nn.ModuleList(SeqCell(wiring["seq"], width, affine) for _ in range(seq_cells))
         self.head = nn.Linear(width, classes)
@@ -398,12 +383,10 @@ class Network(nn.Module):
                              f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")
         return wiring
 
-    def weights(self):
-        """The parameters w of the lower level: all but the alphas."""
+    def weights(self):  # the parameters w of the lower level: all but the alphas
         return [p for name, p in self.named_parameters() if not name.startswith("alpha.")]
 
-    def alphas(self):
-        """The parameters of the upper level; empty for a derived network."""
+    def alphas(self):  # the parameters of the upper level; none of a derived network
         return list(self.alpha.values())
 
     def forward(self, x):  # (N, 1, F, T) -> logits (N, classes)
@@ -417,19 +400,16 @@ class Network(nn.Module):
                  and g = -log(-log u). Its weight is 1 going forward and p_k on the way back"""
         if kind not in self.alpha:
             return None
-        alpha, names, choices = self.alpha[kind], self.candidates[kind], []
+        alpha, names = self.alpha[kind], self.candidates[kind]
         if self.relaxation == "softmax" or not self.training:
-            for row in alpha.softmax(dim=-1):
-                choices.append({op: w for op, w in zip(names, row) if op != "none"})
-            return choices
+            rows = alpha.softmax(dim=-1)
+            return [{op: w for op, w in zip(names, row) if op != "none"} for row in rows]
         gumbel = -torch.empty(alpha.shape, device="cpu").exponential_().log()  # for any device
         p = (alpha + gumbel.to(alpha)).softmax(dim=-1)
-        for row, k in zip(p, p.argmax(dim=-1).tolist()):
-            choices.append({names[k]: 1 - row[k].detach() + row[k]})
-        return choices
+        drawn = zip(p, p.argmax(dim=-1).tolist())
+        return [{names[k]: 1 - row[k].detach() + row[k]} for row, k in drawn]
 
-    def through(self, cells, s0, s1):
-        """The outputs of the last two cells before these -> of the last two of these."""
+    def through(self, cells, s0, s1):  # outputs of the two cells before -> of the last two
         kinds = dict.fromkeys(cell.kind for cell in cells)  # all cells of a kind choose alike
         choices = {kind: self.relaxed(kind) for kind in kinds}
         for cell in cells:
@@ -446,8 +426,7 @@ class Network(nn.Module):
             s0 = F.adaptive_avg_pool2d(s0, s1.shape[1:])
         return s0, s1
 
-    def classify(self, s0, s1):
-        """The SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)."""
+    def classify(self, s0, s1):  # the SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)
         _, s1 = self.through(self.seq, s0, s1)
         return self.head(s1.mean(dim=1))  # (N, T, D) -> (N, D) -> (N, classes)
 
@@ -459,8 +438,8 @@ def check_sizes(least, **sizes):
 
 
 def derive(net):
-    """Supernet -> Genotype [D section 2.4], by softmax weights: a raw alpha says nothing about its
-    share among the others on its edge. ValueError for alphas that are not finite."""
+    """Supernet -> Genotype, by softmax weights [D section 2.4]: a raw alpha says nothing of its
+    share among the others on its edge."""
     if not all(alpha.isfinite().all() for alpha in net.alphas()):
         raise ValueError("the alphas are not finite: no edge is the strongest")
     return strongest(net, {kind: alpha.softmax(dim=-1) for kind, alpha in net.alpha.items()})
@@ -488,8 +467,7 @@ def strongest(net, weights):
 
 
 def expected_parameters(net):
-    """Number of weights on a supernet's edges, each operation counted with its softmax(alpha):
-    differentiable, shape (). Part of a loss, it makes networks small."""
+    """Weights on a supernet's edges, each operation counted with its softmax(alpha). -> scalar"""
     total = 0.0
     for cell in [*net.cnn, *net.seq]:
         if cell.kind in net.alpha:
@@ -516,20 +494,22 @@ class Architect:
     order=2 takes four passes, one copy of the weights and one gradient. `loss(logits, target)` ->
     scalar; it may add a function of the alphas, such as `expected_parameters`. Weights and BN
     buffers are bit for bit the same after a step. What does not require a gradient is a constant.
-    A torch.autocast block goes around a whole `step`, forward and backward."""
-    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3):
+    A torch.autocast block goes around the whole of `step`."""
+    def __init__(
+        self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
+    ):
         if order not in (1, 2) or not net.alphas():
             raise ValueError("expected order 1 or 2, and a supernet that has cells to search")
         if order == 2 and net.relaxation == "sample":
-            raise ValueError("order 2 goes with relaxation softmax: each pass would draw anew")
-        self.net, self.loss, self.order, self.weights = net, loss, order, net.weights()
+            raise ValueError("order 2 goes with softmax: each pass would draw anew")
+        self.net, self.loss, self.order = net, loss, order
+        self.weights = net.weights()
         self.optimizer = torch.optim.Adam(net.alphas(), lr, betas, weight_decay=weight_decay)
 
     def step(self, val, train=None, xi=None):
         """Moves the alphas once; returns L_val (of w, or of w' when order=2), a float. `val` is a
-        batch (x, target) of the alphas' half of the training data, `train` that of the coming
-        weight step, `xi` its learning rate (order 2 only). ValueError, before anything has moved,
-        for a loss or gradient that is not finite."""
+        batch (x, target) of the alphas' half of the training data; order 2 also needs `train`, that
+        of the coming weight step, and `xi`, its rate. A ValueError comes before anything moves."""
         alphas = [alpha for alpha in self.net.alphas() if alpha.requires_grad]
         if any(alpha.dtype.itemsize < 4 for alpha in alphas):  # Adam's eps is 0 in float16
             raise ValueError("alphas in half precision: net.alpha.float() after net.half()")
@@ -542,7 +522,6 @@ class Architect:
                 loss, gradients = self.gradient(val, alphas)
         if not all(found.isfinite().all() for found in (loss, *gradients)):
             raise ValueError(f"the alphas' loss, {loss.item():.3g}, or its gradient is not finite")
-        self.optimizer.zero_grad()  # of the caller's weight step
         for alpha, gradient in zip(alphas, gradients):
             alpha.grad = gradient
         self.optimizer.step()
@@ -578,8 +557,6 @@ class Architect:
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
-        if not parameters:
-            return loss.detach(), ()
         return loss.detach(), torch.autograd.grad(loss, parameters, materialize_grads=True)
 
 
@@ -589,11 +566,6 @@ def set_to(w, base, direction=None, step=0.0):
     for k, p in enumerate(w):
         p.copy_(base[k] if direction is None else base[k] + step * direction[k])
     torch.clear_autocast_cache()  # or a caller's autocast would go on with the weights before
-
-
-def held_fixed(parameters):
-    """Inside, these are constants: autograd keeps nothing on their behalf."""
-    return switched_off("requires_grad", parameters)
 
 
 def without_statistics(net):
@@ -612,3 +584,7 @@ def switched_off(flag, objects):
     finally:
         for each in changed:
             setattr(each, flag, True)
+
+
+# held_fixed(parameters): inside, these are constants; autograd keeps nothing on their behalf.
+held_fixed = partial(switched_off, "requires_grad")

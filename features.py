@@ -59,8 +59,7 @@ def naming(path):
         raise InputError(f"{path}: cannot be read now ({error!r}); start again") from error
 
 def listed(names, most=5):
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
@@ -77,8 +76,7 @@ class Utterance:
     recording: str = None  # a name that tells recordings apart, whatever folder they lie in
 
 def below(root, pattern, depth=4, folders=False):
-    """Files (or folders) of such names, at most `depth` folders down, hidden ones (`._x.wav`) left
-    out; sorted by name, then depth. Each folder once, however many links lead to it."""
+    """Files (or folders) of such names, not hidden, by name, then depth; each folder once."""
     found, visited, inner = [], {}, [Path(root)]
     for down in range(depth + 1):
         level, inner = sorted(inner, key=lambda path: (path.is_symlink(), path)), []
@@ -98,8 +96,7 @@ def by_name(paths):  # in lower case; of several files of one name the first
 
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
-    with naming(path):
-        content = path.read_bytes()
+    content = path.read_bytes()
     wide = "utf-16-le" if content[1:2] == b"\0" else "utf-8-sig"  # without a mark
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else wide)
@@ -123,8 +120,8 @@ def rows(path, *columns, **form):
         raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
     there = [name.lower() for name in table[0][1]] if table else ["(none)"]
     if any(there.count(column) != 1 for column in columns):
-        found, expected = ",".join(there)[:99], ",".join(columns)
-        raise InputError(f"{path} has the columns {found}; expected {expected}")
+        there = ",".join(there)[:99]
+        raise InputError(f"{path} has the columns {there}; expected {','.join(columns)}")
     for line, fields in table[1:]:
         if any(fields[len(there) :]):
             raise InputError(f"{path}, line {line}: more fields than columns; are quotes missing?")
@@ -188,9 +185,9 @@ def index_msp_improv(root):
     turn = r"(-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d)"
     for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
         wavs = by_name(below(root, rf"MSP{turn}\.wav", depth=9))
-        line = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
-        for head in line.findall(text_of(text).upper()):
-            name, intended, gender, number, condition, code = head
+        head = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
+        for found in head.findall(text_of(text).upper()):
+            name, intended, gender, number, condition, code = found
             path, group = wavs.get(f"msp{name}.wav".lower()), f"session {int(number)}"
             paper = (intended, group) if condition == "R" else None
             yield Utterance(path, code, gender + number, group, None, paper, recording=name)
@@ -269,7 +266,7 @@ class Corpus:
     paper: tuple = None  # groups that test in the authors' protocol; (): all; None: not in use
     at_most: int = None  # utterances in its training, in its validation, in each of its test sets
 
-def known(*counts, **more):  # recordings of a version: angry, happy, neutral, sad; in all
+def counted(*counts, **more):  # recordings of a version: angry, happy, neutral, sad; in all
     return dict(zip((*CLASSES, "recordings"), counts)) | more
 
 GERMAN = dict(zip("WFNTAEL", "angry happy neutral sad fear disgust boredom".split()))
@@ -277,15 +274,15 @@ LETTERS = dict(zip("AHNSUFDC", "angry happy neutral sad surprise fear disgust co
 NAMES = "neutral calm happy sad angry fear disgust surprise".split()
 NUMBERS = {f"0{n}": name for n, name in enumerate(NAMES, start=1)}
 SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")
-IEMOCAP = known(1103, 1636, 1708, 1084, 10039)
-IMPROV, SESSIONS = known(792, 2644, 3477, 885, 8438), [f"session {k}" for k in "1235"]
-PODCAST = [{"of four classes": 46160}, known(recordings=149307), known(recordings=264705)]
+IEMOCAP, IMPROV = counted(1103, 1636, 1708, 1084, 10039), counted(792, 2644, 3477, 885, 8438)
+PODCAST = [{"of four classes": 46160}, counted(recordings=149307), counted(recordings=264705)]
+SESSIONS = [f"session {k}" for k in "1235"]
 CORPORA = {  # a new one is a function like those above, and a line here
-    "smoke": Corpus(index_emodb, GERMAN, [known(24, 24, 24, 24)], folds="0,1"),
-    "emodb": Corpus(index_emodb, GERMAN, [known(127, 71, 79, 62), known(recordings=816)]),
-    "nemo": Corpus(index_nemo, SHORT, [known(749, 749, 809, 769, 4481)]),
-    "ravdess": Corpus(index_ravdess, NUMBERS, [known(192, 192, 96, 192, 1440)]),
-    "crema-d": Corpus(index_crema_d, SHORT, [known(1271, 1271, 1087, 1271, 7442)]),
+    "smoke": Corpus(index_emodb, GERMAN, [counted(24, 24, 24, 24)], folds="0,1"),
+    "emodb": Corpus(index_emodb, GERMAN, [counted(127, 71, 79, 62), counted(recordings=816)]),
+    "nemo": Corpus(index_nemo, SHORT, [counted(749, 749, 809, 769, 4481)]),
+    "ravdess": Corpus(index_ravdess, NUMBERS, [counted(192, 192, 96, 192, 1440)]),
+    "crema-d": Corpus(index_crema_d, SHORT, [counted(1271, 1271, 1087, 1271, 7442)]),
     "iemocap": Corpus(index_iemocap, SHORT, [IEMOCAP], "paper", paper=()),
     "msp-improv": Corpus(index_msp_improv, LETTERS, [IMPROV], "paper", paper=SESSIONS),
     "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, "paper", paper=(), at_most=10000),
@@ -388,12 +385,12 @@ def each_once(root, utterances):
     for u in utterances:
         u = replace(u, label=nfc(u.label), speaker=nfc(u.speaker))
         name = u.recording or str(u.path)
-        known = [first.setdefault(key, u) for key in (name, os.path.realpath(u.path or name))]
-        for before, what in itertools.product(known, ("label", "speaker", "split")):
+        earlier = [first.setdefault(key, u) for key in (name, os.path.realpath(u.path or name))]
+        for before, what in itertools.product(earlier, ("label", "speaker", "split")):
             both = getattr(before, what), getattr(u, what)
             if both[0] != both[1]:
                 raise InputError(f"{root}: {name} has two {what}s, {both[0]} and {both[1]}")
-        if known[0] is u and known[1] is u:
+        if earlier[0] is u and earlier[1] is u:
             kept.append(u)
         else:
             doubled.append(name)
@@ -435,7 +432,7 @@ def disjoint(utterances):
     rank, least = {"validation": 1, "train": 2}, {}  # any test set, and a group: 0
     for u in utterances:
         least[u.speaker] = min(rank.get(u.split, 0), least.get(u.speaker, 2))
-    least["Unknown"] = None
+    least["Unknown"] = None  # who is not told apart
     return [u for u in utterances if least[u.speaker] in (None, rank.get(u.split, 0))]
 
 # Utterances -> folds -----------------------------------------------------------------------------
@@ -458,23 +455,23 @@ def folds(listing, without=(), chosen=None, validate=True):
     where folds cannot be made, or one that is `chosen` (None: all are) lacks a side or a class."""
     def members(names):
         return [i for i, part in enumerate(part_of) if part in names]
-    part_of, made = [u.split or u.group for u in listing.utterances], []
-    parts = sorted(set(part_of))
-    paper = CORPORA[listing.dataset] if listing.protocol == "paper" else Corpus(None)
+    part_of = [u.split or u.group for u in listing.utterances]
+    parts, made = sorted(set(part_of)), []
+    authors = CORPORA[listing.dataset] if listing.protocol == "paper" else Corpus(None)
     plan = [(after, [test]) for test, after in zip(parts, parts[1:] + parts[:1])]
     if any(u.split for u in listing.utterances):
         plan = [("validation", [part for part in parts if part.startswith("test")])]
-    elif paper.paper:
-        plan = [(after, tests) for after, tests in plan if tests[0] in paper.paper]
+    elif authors.paper:
+        plan = [(after, tests) for after, tests in plan if tests[0] in authors.paper]
     if len(parts) < 2 + validate or not plan or not plan[0][1]:
-        expected = f"train, {'validation, ' * validate}test"
-        raise InputError(f"found part(s) {listed(parts)}; expected {expected}")
+        wanted = f"train, {'validation, ' * validate}test"
+        raise InputError(f"found part(s) {listed(parts)}; expected {wanted}")
     for k, (validation, tests) in enumerate(plan):
         held_out = {validation, *tests} if validate else {*tests}
         sides = [members({*parts} - held_out)]
         sides += [members({name} & held_out) for name in (validation, *tests)]
         for n, side in enumerate(sides):
-            size = min(paper.at_most or len(side), len(side))
+            size = min(authors.at_most or len(side), len(side))
             sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, size))
         whole = Fold(sides[0], sides[1], dict(zip(tests, sides[2:])))
         check_apart(k, listing, whole)
@@ -491,7 +488,7 @@ def folds(listing, without=(), chosen=None, validate=True):
     return made
 
 def check_apart(k, listing, fold):
-    """Raises InputError where a speaker or a recording is on a side of fold k, and trains too."""
+    """Raises InputError where a speaker or recording is on two sides of fold k, not both tests."""
     first = {}  # speaker or content -> the side and the path where it was met first
     for side, members in fold.sides().items():
         for u, content in [(listing.utterances[i], listing.contents[i]) for i in members]:
@@ -511,11 +508,10 @@ class Settings:
     window: float = 8.0  # seconds
 
     def __post_init__(self):
-        kind = re.fullmatch("(mfcc|log-mel)-([1-9]\\d?|1[01]\\d|12[0-8])", self.features)
+        kind = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
         if not kind or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            found = f"{self.features!r} of {self.window} s"
-            wanted = f"mfcc-N or log-mel-N, N up to 128; n * {FRAME} s, up to 600"
-            raise InputError(f"found {found}; expected {wanted}")
+            wanted = f"mfcc-N or log-mel-N, N up to 128; n * {FRAME} s"
+            raise InputError(f"found {self}; expected {wanted}")
 
     @property
     def shape(self):  # (F, T) of a window
@@ -568,8 +564,7 @@ def channels_of(path):
     if (kind, bits) not in ((3, 32), (3, 64)) and (kind != 1 or bits > 64):
         raise InputError(f"{found}: format {kind} cannot be decoded; expected PCM or float")
     needed, width = math.ceil(bits / 8), block / channels
-    # Up to 24 bits are written into 4 bytes; other frames that are too large hold more channels.
-    if width != needed and (needed, width) != (3, 4):
+    if width != needed and (needed, width) != (3, 4):  # 24 bits are often written into 32
         raise InputError(f"{found}; expected {channels * needed}")
     data = data[: len(data) // block * block]  # a frame that broke off is left out
     frames = np.frombuffer(data, np.uint8).reshape(-1, channels, int(width))
@@ -689,19 +684,18 @@ class Store:
 
     def windows_of(self, utterances):
         """-> (indices of their windows, and for each window its place in `utterances`)"""
-        ranges = [np.arange(self.first[i], self.first[i + 1]) for i in utterances]
-        place = np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
-        return np.concatenate(ranges), place
+        window = np.concatenate([np.arange(*self.first[i : i + 2]) for i in utterances])
+        return window, np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
 
 def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=lambda text: None):
-    """-> Store, computed once for this code, settings, listing and files' times. InputError with all
+    """-> Store, computed once for this code, settings, listing and files' times. InputError: all
     that cannot be used (`skip_bad`: Store.bad), or one that cannot be read now; nothing is kept."""
     paths = [u.path for u in listing.utterances]
     times = [path.stat().st_mtime if path.is_file() else None for path in paths]
     code = [code_digest(__file__), torchaudio.__version__]
     key = json.dumps([*code, asdict(settings), listing.digest, times]).encode()
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key).hexdigest()[:12]}")
-    index, features = folder / "index.json", folder / "features"
+    index, values = folder / "index.json", folder / "features"
     if not index.exists():  # a whole store may lie where nothing can be written
         with lock(folder / "lock"):  # a second process waits, and finds the features
             if not index.exists():
@@ -709,7 +703,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     try:
         count, seconds, peaks, cancelled, why = zip(*json.loads(index.read_text("utf-8")))
         shape = sum(count), *settings.shape
-        whole = len(count) == len(paths) and features.stat().st_size == 2 * np.prod(shape)
+        whole = len(count) == len(paths) and values.stat().st_size == 2 * np.prod(shape)
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -717,7 +711,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
         raise InputError(f"{folder} does not hold {held}; delete it")
     bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if reason}
     if bad and not (skip_bad and len(bad) < len(paths)):
-        fault = f"{len(bad)} of {len(paths)} recordings cannot be used (or --skip-bad):"
+        fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them or --skip-bad:"
         raise InputError("\n  ".join([fault, *bad.values()]))
     lost = [str(path) for path, cancel in zip(paths, cancelled) if cancel]
     usual, odd = np.median([peak for peak in peaks if peak] or [1.0]), []
@@ -729,8 +723,8 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
         warn(f"the channels of {len(lost)} recordings cancel in their mean: {listed(lost)}")
     if odd:
         warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
-    values = np.memmap(features, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
-    return Store(values, np.cumsum([0, *count]), np.array(seconds), bad)
+    maps = np.memmap(values, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
+    return Store(maps, np.cumsum([0, *count]), np.array(seconds), bad)
 
 def compute(folder, paths, times, settings, progress):
     """Writes the features, and an index: windows, seconds, peak, do channels cancel, what is wrong
@@ -795,8 +789,8 @@ def mean_std(parts):
     return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
 
 class Data:
-    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's;
-    None: the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
+    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's,
+    or the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
     def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train",
                  cache="cache", skip_bad=False, progress=lambda text: None):
         self.listing, self.settings, self.normalise = listing, settings, normalise
@@ -811,7 +805,7 @@ class Data:
         return map(torch.from_numpy, self.store.windows_of(utterances))
 
     def standardise_by(self, members=None, known=None):
-        """By mean and deviation of the training's `members`, or those `known`; or each speaker's."""
+        """By mean and deviation of the training's `members`, those `known`, or each speaker's."""
         shape = self.store.features.shape[:2]  # (windows, F): a mean for each window
         if self.normalise == "train":
             mean, std = known or self.mean_std(members)
@@ -843,8 +837,8 @@ class Data:
         return [(window[part], target[part]) for part in parts]
 
     def read(self, batch):
-        window, target = batch
-        return self.maps(window), target.to(self.device)  # (N, 1, F, T), (N,)
+        """-> x (N, 1, F, T), target (N,)"""
+        return self.maps(batch[0]), batch[1].to(self.device)
 
     def class_weights(self, utterances):
         """Inverse class frequencies, (classes,); their mean over the utterances is 1."""

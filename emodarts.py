@@ -17,10 +17,13 @@ for speech emotion recognition, in one file that needs torch alone. The method, 
 
 The problem is bi-level: find the alphas (which operation stands on which edge) that are best on
 validation data when the weights w are those that are best on training data for these alphas:
+
     alpha* = argmin_alpha L_val(w*(alpha), alpha)    s.t.    w*(alpha) = argmin_w L_train(w, alpha)
+
 Read on: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations),
 Genotype (the choice made discrete again), Network, derive, Architect (the hypergradient). Shapes:
 a map is (N, C, F, T) = batch, channels, features, time; a sequence (N, T, D) = batch, time, width.
+
 [P] Rajapakshe et al., "emoDARTS", IEEE Access 12, 2024 (arXiv 2403.14083)
 [D] Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", 2019 (arXiv 1806.09055)
 [G] Dong, Yang, "Searching for a Robust Neural Architecture in Four GPU Hours", 2019 (1910.04465)
@@ -40,11 +43,10 @@ from torch import nn
 # cell must agree in size, for odd sizes too, hence "ceil" everywhere. `affine`: whether batch norm
 # (BN) learns a scale; while searching it would undo what alpha says about the operation.
 
-
-class Zero(nn.Module):  # `none`: no connection
+class Zero(nn.Module):
+    """`none`: no connection."""
     def forward(self, x):
         return torch.zeros_like(x)
-
 
 def relu_conv_bn(c, kernel, stride, dilation, affine):
     """ReLU, depthwise kernel x kernel, pointwise 1x1, BN."""
@@ -54,27 +56,24 @@ def relu_conv_bn(c, kernel, stride, dilation, affine):
     norm = nn.BatchNorm2d(c, affine=affine)
     return nn.Sequential(nn.ReLU(), depthwise, pointwise, norm)
 
-
 def sep_conv(c, stride, affine, *, kernel):
     first = relu_conv_bn(c, kernel, stride, 1, affine)
     return nn.Sequential(*first, *relu_conv_bn(c, kernel, 1, 1, affine))
 
-
 def dil_conv(c, stride, affine, *, kernel):
     if stride == 1:
         return relu_conv_bn(c, kernel, 1, 2, affine)
-    # = relu_conv_bn(c, kernel, 2, 2, affine), several times faster on a CPU: x[:, :, ::2, ::2]
+    # = relu_conv_bn(c, kernel, 2, 2, affine), which looks at the even grid only; several times
+    # faster on a CPU: AvgPool2d(1, 2) is x[:, :, ::2, ::2], its gradient stays channels_last.
     return nn.Sequential(nn.AvgPool2d(1, 2), *relu_conv_bn(c, kernel, 1, 1, affine))
-
 
 def pool(c, stride, affine, *, layer):
     return nn.Sequential(layer(3, stride, padding=1), nn.BatchNorm2d(c, affine=affine))
 
-
-def conv_1x1(c_in, c_out, affine):  # brings an input of a cell to the cell's channels
+def conv_1x1(c_in, c_out, affine):
+    """(N, C_in, F, T) -> (N, C_out, F, T): brings an input of a cell to the cell's channels."""
     convolution = nn.Conv2d(c_in, c_out, 1, bias=False)
     return nn.Sequential(nn.ReLU(), convolution, nn.BatchNorm2d(c_out, affine=affine))
-
 
 def factorized_reduce(c_in, c_out, affine):
     """Halves the map; = two Conv2d(c_in, c_out // 2, 1, stride=2), of x and of x[:, :, 1:, 1:].
@@ -83,14 +82,12 @@ def factorized_reduce(c_in, c_out, affine):
     norm = nn.BatchNorm2d(c_out, affine=affine)
     return nn.Sequential(nn.ReLU(), BothGrids(), convolution, norm)
 
-
 class BothGrids(nn.Module):
     """(N, C, F, T) -> (N, 2C, ceil(F / 2), ceil(T / 2)): the even grid x[:, :, ::2, ::2], behind it
     the odd one x[:, :, 1::2, 1::2], where odd sizes get a last row or column of zeros."""
     def forward(self, x):
         odd = F.pad(x, (-1, x.shape[3] % 2, -1, x.shape[2] % 2))
         return torch.cat([F.avg_pool2d(x, 1, 2), F.avg_pool2d(odd, 1, 2)], dim=1)
-
 
 # name -> constructor(channels, stride, affine)
 CNN_OPS = {
@@ -108,7 +105,6 @@ CNN_OPS = {
 # end in a layer norm and start with weights that keep a signal's size at any depth: otherwise
 # lstm_4 begins at a hundredth of what a skip adds, and alpha measures how loud an operation is.
 
-
 class Recurrent(nn.Module):
     """`lstm_k`, `rnn_k`: k stacked layers, one direction. Gate by gate, input weights start as
     Xavier's, recurrent ones orthogonal; the forget gate's bias is 1, others are 0."""
@@ -123,11 +119,11 @@ class Recurrent(nn.Module):
                 elif "weight_hh" in name:
                     nn.init.orthogonal_(gate)
                 else:  # an LSTM's gates are input, forget, cell and output
-                    nn.init.constant_(gate, layer is nn.LSTM and "bias_ih" in name and k == 1)
+                    forget = layer is nn.LSTM and "bias_ih" in name and k == 1
+                    nn.init.constant_(gate, float(forget))
 
     def forward(self, x):
         return self.norm(self.rnn(x)[0])
-
 
 class RecurrentAttention(Recurrent):
     """`lstm_att_k`, `rnn_att_k`: k stacked bidirectional layers, then additive attention over time.
@@ -147,7 +143,6 @@ class RecurrentAttention(Recurrent):
         c = (a * h).sum(dim=1, keepdim=True).expand_as(h)  # (N, 1, 2D) -> (N, T, 2D)
         return self.norm(self.project(torch.cat([h, c], dim=2)))  # (N, T, 4D) -> (N, T, D)
 
-
 # name -> constructor(width, affine)
 SEQ_OPS = {
     "none": lambda width, affine: Zero(),
@@ -163,7 +158,6 @@ SEQ_SPACES = {"all": tuple(SEQ_OPS)}
 for _family in ("lstm", "rnn", "lstm_att", "rnn_att"):
     SEQ_SPACES[_family] = ("none", "skip_connect", *(op for op in SEQ_OPS if op[:-2] == _family))
 RELAXATIONS = ("softmax", "sample")
-
 
 class MixedOp(nn.Module):
     """An edge that is not yet decided: every candidate operation, weighted by the softmax of its
@@ -184,11 +178,11 @@ class MixedOp(nn.Module):
             if total is None:
                 total = weight * y
             elif y.shape != total.shape:
-                raise ValueError(f"{name} returns {y.shape}, operations before it {total.shape}")
+                raise ValueError(f"operations return different shapes: {tuple(total.shape)}, and "
+                                 f"{name} {tuple(y.shape)}")
             else:
                 total.addcmul_(weight, y)  # total += weight * y, a few percent faster
         return total
-
 
 class Cell(nn.Module):
     """A directed acyclic graph. States 0 and 1 are the outputs of the two cells before, state
@@ -226,7 +220,6 @@ class Cell(nn.Module):
             states.append(sum(arrived[1:], start=arrived[0]))
         return torch.cat(states[2:], dim=self.concat)
 
-
 class CNNCell(Cell):
     """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T), of a reduction cell, whose inputs'
     edges have stride 2, (..., ceil(F / 2), ceil(T / 2)). `halve_s0`: the cell before was one."""
@@ -238,7 +231,6 @@ class CNNCell(Cell):
         before = before_s0(c0, c, affine), conv_1x1(c1, c, affine)
         super().__init__(kind, wiring, make, before)
 
-
 class SeqCell(Cell):
     """(N, T, D), (N, T, D) -> (N, T, D). Average pooling brings the nodes * D features to D."""
     def __init__(self, wiring, width, affine):
@@ -247,7 +239,6 @@ class SeqCell(Cell):
 
     def forward(self, *args):
         return F.adaptive_avg_pool1d(super().forward(*args), self.width)
-
 
 @dataclass(frozen=True)
 class Genotype:
@@ -284,7 +275,6 @@ class Genotype:
                 lines.append(f"  {i} = " + " + ".join(f"{op}({j})" for op, j in node))
         return "\n".join(lines)
 
-
 def checked_cell(kind, cell):
     """A cell of a genotype as tuples; ValueError for what is none."""
     known, nodes = list(SEQ_OPS if kind == "seq" else CNN_OPS), ()
@@ -301,7 +291,6 @@ def checked_cell(kind, cell):
             raise ValueError(f"{where}; expected predecessors from 0 to {i - 1}, each once")
     return nodes
 
-
 class Frames(nn.Module):
     """(N, C, F, T) -> (N, T, D), what the SeqNN reads of each frame: the mean over F, D = C, as in
     the paper; with a `width` all of its C x F features, brought to D = width."""
@@ -315,10 +304,11 @@ class Frames(nn.Module):
         x = x.flatten(1, 2) if self.width else x.mean(dim=2)  # (N, C F, T) or (N, C, T)
         return self.project(x.transpose(1, 2))
 
-
 class Network(nn.Module):
-    """Map -> CNN cells -> SeqNN cells -> logits. Without `genotype` the supernet, with one the
-    derived network. Defaults: the paper's. ValueError for sizes and cells that do not fit."""
+    """Map -> CNN cells -> SeqNN cells -> logits. Without `genotype` the supernet (every edge is a
+    mixed operation, and there are alphas), with one the derived network (every edge is the
+    operation that was found). The defaults are the paper's scale. ValueError for sizes that cannot
+    be, and for a genotype that does not go with them or with `fixed`."""
     def __init__(
         self, *, classes=4, bands=128,  # number of emotions; F of the maps
         channels=8,  # of the first CNN cell; each of the (at most two) reduction cells doubles them
@@ -354,7 +344,8 @@ class Network(nn.Module):
             nodes, halve_s0 = wiring[kind], k > 0 and kinds[k - 1] == "reduce"
             self.cnn.append(CNNCell(kind, nodes, older[0], newer[0], c, halve_s0, affine))
             older, newer = newer, (len(nodes) * c, f)
-        width, read = seq_width or newer[0], [older, newer] if seq_cells else [newer]
+        width = seq_width or newer[0]
+        read = [older, newer] if seq_cells else [newer]  # without SeqNN cells nobody reads `older`
         self.bridge = nn.ModuleList(Frames(*size, seq_width) for size in read)
         self.seq = nn.ModuleList(SeqCell(wiring["seq"], width, affine) for _ in range(seq_cells))
         self.head = nn.Linear(width, classes)
@@ -383,10 +374,12 @@ class Network(nn.Module):
                              f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")
         return wiring
 
-    def weights(self):  # the parameters w of the lower level: all but the alphas
+    def weights(self):
+        """The parameters w of the lower level: all but the alphas."""
         return [p for name, p in self.named_parameters() if not name.startswith("alpha.")]
 
-    def alphas(self):  # the parameters of the upper level; none of a derived network
+    def alphas(self):
+        """The parameters of the upper level; empty for a derived network."""
         return list(self.alpha.values())
 
     def forward(self, x):  # (N, 1, F, T) -> logits (N, classes)
@@ -409,7 +402,8 @@ class Network(nn.Module):
         drawn = zip(p, p.argmax(dim=-1).tolist())
         return [{names[k]: 1 - row[k].detach() + row[k]} for row, k in drawn]
 
-    def through(self, cells, s0, s1):  # outputs of the two cells before -> of the last two
+    def through(self, cells, s0, s1):
+        """The outputs of the last two cells before these -> of the last two of these."""
         kinds = dict.fromkeys(cell.kind for cell in cells)  # all cells of a kind choose alike
         choices = {kind: self.relaxed(kind) for kind in kinds}
         for cell in cells:
@@ -426,29 +420,26 @@ class Network(nn.Module):
             s0 = F.adaptive_avg_pool2d(s0, s1.shape[1:])
         return s0, s1
 
-    def classify(self, s0, s1):  # the SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)
+    def classify(self, s0, s1):
+        """The SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)."""
         _, s1 = self.through(self.seq, s0, s1)
         return self.head(s1.mean(dim=1))  # (N, T, D) -> (N, D) -> (N, classes)
-
 
 def check_sizes(least, **sizes):
     for name, size in sizes.items():
         if size < least:
             raise ValueError(f"{name} is {size}, expected at least {least}")
 
-
 def derive(net):
-    """Supernet -> Genotype, by softmax weights [D section 2.4]: a raw alpha says nothing of its
-    share among the others on its edge."""
+    """Supernet -> Genotype [D section 2.4], by softmax weights: a raw alpha says nothing about its
+    share among the others on its edge. ValueError for alphas that are not finite."""
     if not all(alpha.isfinite().all() for alpha in net.alphas()):
         raise ValueError("the alphas are not finite: no edge is the strongest")
     return strongest(net, {kind: alpha.softmax(dim=-1) for kind, alpha in net.alpha.items()})
 
-
 def random_genotype(net):
     """The strongest of random weights, uniform over a supernet's space: what to beat."""
     return strongest(net, {k: torch.rand(a.shape, device="cpu") for k, a in net.alpha.items()})
-
 
 def strongest(net, weights):
     """The strength of an edge is its largest weight over the operations other than `none`; each
@@ -465,9 +456,9 @@ def strongest(net, weights):
         cells[kind] = nodes
     return Genotype(**cells)
 
-
 def expected_parameters(net):
-    """Weights on a supernet's edges, each operation counted with its softmax(alpha). -> scalar"""
+    """Number of weights on a supernet's edges, each operation counted with its softmax(alpha):
+    differentiable, shape (). Part of a loss, it makes networks small."""
     total = 0.0
     for cell in [*net.cnn, *net.seq]:
         if cell.kind in net.alpha:
@@ -477,13 +468,11 @@ def expected_parameters(net):
                     total = total + weight * sum(p.numel() for p in op.parameters())
     return total
 
-
 def entropy(net):
     """Mean entropy of the edges' softmax weights: 1 undecided, the most there is, 0 decided."""
     weights = [alpha.detach().softmax(dim=-1) for alpha in net.alphas()]
     shares = [torch.special.entr(p).sum(dim=-1) / math.log(p.shape[-1]) for p in weights]
     return torch.cat(shares).mean().item()
-
 
 class Architect:
     """Moves the alphas of a supernet along the gradient of L_val(w*(alpha), alpha), where w* is
@@ -498,8 +487,10 @@ class Architect:
     def __init__(
         self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
     ):
-        if order not in (1, 2) or not net.alphas():
-            raise ValueError("expected order 1 or 2, and a supernet that has cells to search")
+        if order not in (1, 2):
+            raise ValueError(f"order is {order!r}, expected 1 or 2")
+        if not net.alphas():
+            raise ValueError("the network has no alphas: expected a supernet with cells to search")
         if order == 2 and net.relaxation == "sample":
             raise ValueError("order 2 goes with softmax: each pass would draw anew")
         self.net, self.loss, self.order = net, loss, order
@@ -508,8 +499,9 @@ class Architect:
 
     def step(self, val, train=None, xi=None):
         """Moves the alphas once; returns L_val (of w, or of w' when order=2), a float. `val` is a
-        batch (x, target) of the alphas' half of the training data; order 2 also needs `train`, that
-        of the coming weight step, and `xi`, its rate. A ValueError comes before anything moves."""
+        batch (x, target) of the alphas' half of the training data; order 2 also needs `train`, the
+        batch of the coming weight step, and `xi`, its learning rate. ValueError, before anything
+        has moved, for a loss or gradient that is not finite."""
         alphas = [alpha for alpha in self.net.alphas() if alpha.requires_grad]
         if any(alpha.dtype.itemsize < 4 for alpha in alphas):  # Adam's eps is 0 in float16
             raise ValueError("alphas in half precision: net.alpha.float() after net.half()")
@@ -557,8 +549,9 @@ class Architect:
             if masks is not None:
                 torch.manual_seed(masks)
             loss = self.loss(self.net(x), target)
+        if not parameters:
+            return loss.detach(), ()
         return loss.detach(), torch.autograd.grad(loss, parameters, materialize_grads=True)
-
 
 @torch.no_grad()
 def set_to(w, base, direction=None, step=0.0):
@@ -567,11 +560,13 @@ def set_to(w, base, direction=None, step=0.0):
         p.copy_(base[k] if direction is None else base[k] + step * direction[k])
     torch.clear_autocast_cache()  # or a caller's autocast would go on with the weights before
 
+def held_fixed(parameters):
+    """Inside, these are constants: autograd keeps nothing on their behalf."""
+    return switched_off("requires_grad", parameters)
 
 def without_statistics(net):
     """Inside, batch norm in training mode normalises by the batch as always, but counts nothing."""
     return switched_off("track_running_stats", [m for m in net.modules() if m.training])
-
 
 @contextmanager
 def switched_off(flag, objects):
@@ -584,7 +579,3 @@ def switched_off(flag, objects):
     finally:
         for each in changed:
             setattr(each, flag, True)
-
-
-# held_fixed(parameters): inside, these are constants; autograd keeps nothing on their behalf.
-held_fixed = partial(switched_off, "requires_grad")

@@ -4,14 +4,17 @@
     python train.py --dataset emodb --root /data/emodb   # EMO-DB, leave one speaker out
     python train.py --dry-run                            # what would happen, and what it would cost
 
-The way of the data: wav files -> features.py: utterances, folds (who trains, validates, tests),
-batches of maps -> search: supernet -> Genotype -> train: its network -> predict: logits -> a fold's
-result.json -> tables and report.md, functions of the result.json files alone.
+The way of the data:
+
+    wav files -> features.py: utterances, folds (who trains, validates, tests), batches of maps
+    -> search: supernet -> Genotype -> train: its network -> predict: logits -> a fold's result.json
+    -> tables and report.md: functions of the result.json files alone
 
 In each fold the search sees the training speakers only, half of their utterances for the weights,
 half for the alphas; the derived network is trained from scratch on all of them; test speakers are
-scored at the end, and choose nothing. A model (seed S, fold K) and its result lie in
-runs/DATASET-SCALE-KEY/MODEL-seedS/foldK, KEY of data, code, all settings but model, seed, genotype.
+scored at the end, and choose nothing. What a fold leaves lies in
+
+    runs/DATASET-SCALE-KEY/MODEL-seedS/foldK    KEY: of data, code, settings but model and seed
 
 Read on: the two loops, scores, a fold from start to end, networks, options, the command; then what
 outlives the process, tables, the report, the dry run, the use of finished models.
@@ -58,20 +61,17 @@ RECIPES = {  # by --recipe, scale and model; lr and drop_path change with the ep
     "baseline": dict(optimizer="adamw", lr=0.001, rise=0.0, decay=0.05, drop_path=0.0),
 }
 
-
 def recipe(options):
     """Optimizer, learning rate and regularisation of a model."""
     name = "authors" if options.recipe == "authors" else options.scale
     chosen = RECIPES["baseline" if options.model in BASELINES else name]
     return chosen if options.lr is None else chosen | {"lr": options.lr}
 
-
 def optimizer_of(weights, options):
     how = recipe(options)
     if how["optimizer"] == "sgd":
         return torch.optim.SGD(weights, how["lr"], momentum=0.9, weight_decay=how["decay"])
     return torch.optim.AdamW(weights, how["lr"], weight_decay=how["decay"], fused=True)  # faster
-
 
 def learning_rate(epoch, epochs, last, options):
     """Cosine from the recipe's rate to `last`, under a rise over the first of the epochs."""
@@ -81,13 +81,11 @@ def learning_rate(epoch, epochs, last, options):
     rise = recipe(options)["rise"] * epochs
     return (last + (first - last) * cosine) * min(1, (epoch + 0.5) / max(rise, 0.5))
 
-
 def forward(net, x, options):
     """Maps -> logits, float32; with --amp in bfloat16 inside, where torch holds it for safe."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=options.amp):
         logits = net(x)
     return logits.float() if options.amp else logits
-
 
 def weight_step(loss, optimizer):
     """One step of the weights. -> the loss, a float."""
@@ -98,7 +96,6 @@ def weight_step(loss, optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # the alphas' step has no use for it
     return loss.item()
-
 
 # The two loops -----------------------------------------------------------------------------------
 def search(net, data, members, options, checkpoint):
@@ -145,7 +142,6 @@ def search(net, data, members, options, checkpoint):
         checkpoint.epoch_done(row)
     return derive(net)
 
-
 def train(net, data, members, watched, options, checkpoint):
     """Trains a network from scratch. The last epoch counts, whatever is seen on the speakers who
     are `watched`, a name for the log -> utterances."""
@@ -174,7 +170,6 @@ def train(net, data, members, watched, options, checkpoint):
         checkpoint.epoch_done(row)
     checkpoint.save()
 
-
 def augmented(x, options):
     """Maps (N, 1, F, T), each shifted in time, around the end, and with a stretch of time and, of
     log-mel, of bands at the mean, 0: at most a fifth of the axis."""
@@ -185,7 +180,6 @@ def augmented(x, options):
     if options.features.startswith("log-mel"):  # on that axis MFCCs have no bands to be masked
         x = torchaudio.functional.mask_along_axis_iid(x, x.shape[2] // 5, 0.0, axis=2)
     return x
-
 
 # Predictions and scores --------------------------------------------------------------------------
 @torch.no_grad()
@@ -202,13 +196,11 @@ def predict(net, data, utterances, options, shuffled_by=()):
     total = torch.zeros(len(utterances), logits.shape[1], dtype=torch.double)
     return total.index_add_(0, of, logits) / torch.bincount(of)[:, None]
 
-
 def confusion_matrix(labels, logits):
     """(classes, classes), rows the true classes, columns the predicted ones."""
     matrix = np.zeros((logits.shape[1], logits.shape[1]), dtype=int)
     np.add.at(matrix, (labels, logits.argmax(1).numpy()), 1)
     return matrix
-
 
 def ua(confusion):
     """unweighted accuracy, the mean of the recalls of the classes that are present"""
@@ -216,16 +208,13 @@ def ua(confusion):
     present = count > 0
     return float((confusion.diagonal()[present] / count[present]).mean())
 
-
 def wa(confusion):
     """weighted accuracy, correct / all"""
     return float(confusion.trace() / confusion.sum())
 
-
 # Functions of a confusion matrix: each is a column of the tables and of log.csv, a curve and, with
 # its docstring, a line of the legend.
 METRICS = {"UA": ua, "WA": wa}
-
 
 def score(net, data, members, options, folder, file):
     """Scores test utterances, once. Leaves in `file` a row for each: what it was, what it was taken
@@ -247,7 +236,6 @@ def score(net, data, members, options, folder, file):
         said[name] = metric(confusion)
     return said | {"confusion": confusion.tolist()}
 
-
 # A fold from start to end ------------------------------------------------------------------------
 def run_fold(options, k, data, split):
     """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv, and
@@ -268,12 +256,12 @@ def run_fold(options, k, data, split):
         torch.manual_seed(seed_of(options.seed, k, "network"))
         net = network(options, len(data.classes), genotype).to(data.device)
         watched = {"val": split.validation} if split.validation else {}
-        if options.protocol == "paper":  # log.csv shows what the authors count, the best epoch
+        if options.protocol == "paper":  # the authors count the best epoch on the test speakers
             watched["test"] = sorted(set(itertools.chain(*split.tests.values())))
         train(net, data, split.train, watched, options, checkpoint)
     except ValueError as error:
         place = checkpoint.where()
-        raise InputError(f"{place}: {error}; a smaller --lr or --alpha-lr may help") from None
+        raise InputError(f"{place}: {error}; a smaller --lr may help") from None
 
     # Everything is chosen: the test speakers are scored.
     tests = {}
@@ -295,7 +283,6 @@ def run_fold(options, k, data, split):
     for file in folder.glob("checkpoint.pt*"):  # also what a kill has left half written
         file.unlink()
 
-
 def find(data, split, options, checkpoint):
     """-> the Genotype that is given or found, None of a baseline; what `decision` says of it"""
     if not searches(options):
@@ -307,7 +294,6 @@ def find(data, split, options, checkpoint):
     seen = split.validation or split.train
     return genotype, decision(net, genotype, data, seen, options, checkpoint.fold)
 
-
 def decision(net, genotype, data, members, options, fold):
     """Has the search decided? Entropy of the alphas, and the discretisation gap: UA on `members` of
     the supernet's weights with all operations, and with only the genotype's."""
@@ -317,13 +303,12 @@ def decision(net, genotype, data, members, options, fold):
     for name, each in (("ua_all_operations", net), ("ua_of_genotype", alone)):
         each.eval()
         for module in each.modules():
-            if isinstance(module, nn.BatchNorm2d):  # its statistics are those of all operations
-                module.train()
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()  # by the batch: running statistics are those of all operations
         with without_statistics(each):
             logits = predict(each, data, members, options, (options.seed, fold, "decision"))
         said[name] = ua(confusion_matrix(data.labels[members], logits))
     return said
-
 
 def about_fold(options, data, split, checkpoint):
     """What is known of a fold before it is scored, for model.pt and result.json."""
@@ -344,16 +329,15 @@ def about_fold(options, data, split, checkpoint):
         "versions": f"python {sys.version.split()[0]}, torch {torch.__version__}",
     }
 
-
 def save_model(file, net, data, about):
-    """`about` as text: a pickle's bytes depend on what came out of a checkpoint."""
+    """`about` as a text: the bytes of a pickle depend on which objects are the same, and so on what
+    came out of a checkpoint."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     mean_std = None  # where each speaker has one's own
     if data.normalise == "train":  # the same for all windows, (F,) each
         mean_std = [data.mean[0].clone(), data.std[0].clone()]
     model = {"about": json.dumps(about), "mean_std": mean_std, "weights": weights}
     write(file, partial(torch.save, model))
-
 
 # Networks ----------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
@@ -363,18 +347,24 @@ def network(options, classes, genotype=None):
         net = BASELINES[options.model](classes, bands)
     else:
         net = Network(
-            classes=classes, bands=bands, channels=options.channels, nodes=options.nodes,
-            cnn_cells=options.cnn_cells, seq_cells=options.seq_cells,
-            stem_stride=options.stem_stride, seq_width=options.seq_width or None,
-            seq_space=options.seq_space, relaxation=options.relaxation,
-            dropout=recipe(options)["dropout"], fixed=fixed_cells(options), genotype=genotype,
+            classes=classes,
+            bands=bands,
+            channels=options.channels,
+            cnn_cells=options.cnn_cells,
+            seq_cells=options.seq_cells,
+            nodes=options.nodes,
+            stem_stride=options.stem_stride,
+            seq_width=options.seq_width or None,
+            seq_space=options.seq_space,
+            relaxation=options.relaxation,
+            dropout=recipe(options)["dropout"],
+            fixed=fixed_cells(options),
+            genotype=genotype,
         )
     return net.to(memory_format=torch.channels_last)  # faster at these sizes
 
-
 def searches(options):
     return options.model == "emodarts" and options.genotype is None
-
 
 def fixed_cells(options):
     """What --search cnn or seq leaves as it is: each node reads the two states before it."""
@@ -386,7 +376,6 @@ def fixed_cells(options):
         normal = chain("sep_conv_3x3", "sep_conv_3x3")
         return Genotype(normal=normal, reduce=chain("max_pool_3x3", "sep_conv_3x3"))
     return Genotype()
-
 
 def given_genotype(options):
     """Of --genotype; the random one of the seed, the same for all folds; or the control. None of a
@@ -405,7 +394,6 @@ def given_genotype(options):
         op = "max_pool_3x3" if kind == "reduce" else "skip_connect"
         cells[kind] = [[(op, 0), (op, 1)]] * options.nodes
     return Genotype(**cells)
-
 
 class Baseline(nn.Module):
     """Hand-designed networks with the time axis kept: (N, 1, F, T) -> logits (N, classes). `bands`:
@@ -449,7 +437,6 @@ class Baseline(nn.Module):
         a = self.score(h).softmax(dim=1)  # (N, T, 1)
         return self.head((a * h).sum(dim=1))
 
-
 BASELINES = {  # name -> constructor(classes, bands); all are options, and rows of --compare
     "cnn": partial(Baseline, lstm=0),
     "lstm": partial(Baseline, cnn=False, lstm=2),
@@ -457,7 +444,6 @@ BASELINES = {  # name -> constructor(classes, bands); all are options, and rows 
     "cnn-lstm-att": partial(Baseline, attention=True),
 }
 MODELS = ["emodarts", "random", "skip", *BASELINES]  # in the order of the table
-
 
 # Options -----------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
@@ -475,11 +461,9 @@ NOT_SETTINGS = ["out", "root", "cache", "folds", "skip_bad", "device", "threads"
 NOT_SETTINGS += ["seeds", "compare", "predict", "from_"]
 OF_A_RUN = ["model", "seed", "genotype"]  # settings in which the runs of one folder differ
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)  # one line, as for all other bad input
-
 
 def at_least(least, kind=int, below=math.inf):
     """An argparse type."""
@@ -490,10 +474,8 @@ def at_least(least, kind=int, below=math.inf):
         return value
     return number
 
-
 def numbers(text):
     return sorted(set(map(int, text.split(","))))
-
 
 def genotype_file(file):
     """An argparse type: the cells that the file holds. Its name says nothing of what is trained."""
@@ -501,7 +483,6 @@ def genotype_file(file):
         return Genotype.from_json(Path(file).read_text(encoding="utf-8")).cells()
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{file}: {error}") from None
-
 
 def parse(argv):
     """Command line -> options. Corpus and scale are read first: they bring other defaults."""
@@ -529,7 +510,6 @@ def parse(argv):
     options.code = code_digest(emodarts.__file__, features.__file__, __file__)
     options.data = None  # the corpus' digest, once it is read
     return options
-
 
 def add_options(parser):
     add = parser.add_argument_group("data").add_argument
@@ -586,7 +566,6 @@ def add_options(parser):
     add("--from", dest="from_", metavar="RUN", help="test its models on --dataset, or --predict")
     add("--predict", nargs="+", metavar="CLIP", help="wav files that --from's models recognise")
 
-
 def check(options):
     """Refuses sizes and choices that cannot work together, before anything is computed."""
     if options.genotype and options.model != "emodarts":
@@ -601,34 +580,28 @@ def check(options):
     except ValueError as error:
         raise InputError(error) from None
 
-
 def settings_of(options, without=()):
     """What a result depends on, as JSON has it: options, and digests of data and code."""
     left_out = {*NOT_SETTINGS, *without}
     kept = {name: value for name, value in vars(options).items() if name not in left_out}
     return json.loads(json.dumps(kept))
 
-
 def digest_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
 
 def model_name(options):
     """Of a row in the table: a given genotype is a model of its own."""
     return f"genotype-{digest_of(options.genotype)}" if options.genotype else options.model
-
 
 def corpus_folder(options):
     """Of all runs of a corpus with the same settings."""
     key = digest_of(settings_of(options, without=OF_A_RUN))
     return Path(options.out or f"runs/{options.dataset}-{options.scale}-{key}")
 
-
 def folder_of(options, k=None):
     """Of a run, a model and a seed, or of its fold k."""
     run = corpus_folder(options) / f"{model_name(options)}-seed{options.seed}"
     return run if k is None else run / f"fold{k}"
-
 
 # The command -------------------------------------------------------------------------------------
 def command(options):
@@ -652,19 +625,18 @@ def command(options):
     chosen = options.folds or list(range(count))
     if not set(chosen) <= set(range(count)):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {count - 1}")
-    finished_runs(options, chosen)  # refuses a folder that is of other data, code or settings
+    finished_runs(options, chosen)  # refuses a folder of others before anything is computed
     data = data_of(options, listing, listing.classes, device)
     splits = features.folds(listing, data.store.bad, chosen, validate)
     if options.dry_run:
         return dry_run(options, runs, data, {k: splits[k] for k in chosen})
     jobs = list(itertools.product(runs, chosen))
     if not work(jobs, lambda run, k: run_fold(run, k, data, splits[k])):
-        return say("other processes have other folds; the last one prints the table")
+        return say("other processes have the rest; the last one prints the table")
     with lock(corpus_folder(options) / "lock"):  # another process may end at the same moment
         for run in runs:
             finish(run, chosen)
         compare(options, chosen)
-
 
 def plan(options):
     """Options of the command's runs, one for each model and seed; searches take longest."""
@@ -682,12 +654,10 @@ def plan(options):
             runs.append(run)
     return runs
 
-
 def data_of(options, listing, classes, device):
     settings = Settings(options.features, options.window)
     return Data(listing, settings, classes=classes, device=device, normalise=options.normalise,
                 cache=options.cache, skip_bad=options.skip_bad, progress=say)
-
 
 def pick_device(name):
     if name == "auto":
@@ -697,9 +667,9 @@ def pick_device(name):
     try:
         torch.ones(1, device=name).tolist()
     except Exception as error:  # what torch raises depends on the device
-        raise InputError(f"--device {name} cannot be used here ({error!s:.150})") from None
+        why = f"{error!s:.150}"
+        raise InputError(f"--device {name} cannot be used here ({why}); cpu always can") from None
     return torch.device(name)
-
 
 # A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
 # of torchrun. A dead process' lock is free. Nobody waits: the last one prints.
@@ -713,7 +683,6 @@ def work(jobs, compute):
                 compute(run, k)
     return all(result_of(run, k) for run, k in jobs)
 
-
 # What outlives the process -----------------------------------------------------------------------
 # Files are whole or not there, and a checkpoint holds whole epochs. Kill, power cut and Ctrl-C are
 # one case. What is read back is data: nothing is executed.
@@ -722,9 +691,9 @@ COLUMNS = ["stage", "epoch", "lr", "loss", "alpha_loss", "entropy"]
 COLUMNS += [f"{who}_{metric.lower()}" for who in ("val", "test") for metric in METRICS]
 COLUMNS += ["seconds"]
 
-
 class Checkpoint:
-    """Where a fold stands; as `parts` it has the networks and optimisers of the stage."""
+    """Where a fold stands: stage, epochs that are done, rows of log.csv, what the search found; and
+    as `parts` the networks and optimisers of the stage. Now and then it is saved."""
     KEPT = ["fold", "settings", "stage", "epoch", "rows", "genotype", "decision"]
 
     def __init__(self, options, fold):
@@ -776,9 +745,12 @@ class Checkpoint:
         write(self.file.with_name("log.csv"), out.getvalue())
         run = self.options
         epochs = run.search_epochs if self.stage == "search" else run.epochs
+        left = epochs - self.epoch
+        if self.stage == "search":
+            left += run.epochs  # as long each: a guess, and not a bad one
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         say(f"{model_name(run)}, seed {run.seed}, fold {self.fold}  {self.stage} "
-            f"{self.epoch}/{epochs}  {values}")
+            f"{self.epoch}/{epochs}  {values}  {left * row['seconds']:.0f} s left")
         if now >= self.saved + SAVE_EVERY:
             self.save()
 
@@ -786,7 +758,6 @@ class Checkpoint:
         self.genotype, self.decision = genotype and genotype.cells(), decision
         self.stage, self.epoch, self.parts = "train", 0, {}
         self.save()
-
 
 @contextmanager
 def reading(file):
@@ -799,7 +770,6 @@ def reading(file):
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"{file} is damaged ({lines[0]:.150}); delete it") from None
 
-
 def refuse_another_run(file, theirs, mine):
     """Settings in a file must be those of the command."""
     differ = [name for name in mine if theirs.get(name) != mine[name]]
@@ -809,32 +779,29 @@ def refuse_another_run(file, theirs, mine):
     for name in differ:
         what += f" {name} {theirs.get(name)!s:.60} there, {mine[name]!s:.60} here;"
     if "code" in differ:
-        what = "other code: emodarts.py, features.py or train.py was another;"
+        what = "other code: emodarts.py, features.py or train.py has changed;"
     elif "data" in differ:
-        what = "other data: recordings, labels, speakers or splits were others;"
+        what = "other data: recordings, labels, speakers or splits;"
     raise InputError(f"{file} is of {what} give another --out")
 
-
 def read_result(file, mine):
-    """-> what result.json says of a fold; `mine`: settings that it must have."""
+    """-> what result.json says of a fold, and its `folder`. `mine`: settings it must have."""
     with reading(file):
         result = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
         refuse_another_run(file, result["settings"], mine)
-    return result
-
+    return result | {"folder": file.parent}  # where it lies now
 
 def result_of(options, k):
     """The result of a fold; None while there is none."""
     file = folder_of(options, k) / "result.json"
     return read_result(file, settings_of(options)) if file.exists() else None
 
-
 def finished_runs(options, chosen):
-    """See `by_run`, of all runs in the folder, which must not be of other settings."""
+    """All runs in the folder that have the chosen folds, whoever computed them, as `by_run` gives
+    them. Refuses a folder of other data, code or settings."""
     mine = settings_of(options, without=OF_A_RUN)
     files = sorted(corpus_folder(options).glob("*/fold*/result.json"))
     return by_run([read_result(file, mine) for file in files], chosen)
-
 
 def by_run(results, chosen):
     """(name of the model, seed) -> results of the chosen folds, where all of them are there."""
@@ -848,10 +815,8 @@ def by_run(results, chosen):
             whole[run] = [runs[run][k] for k in chosen]
     return whole
 
-
 def say(text):
     print(text + "\n", end="", flush=True)  # in one write: processes share a log
-
 
 # Tables: functions of the result.json files alone, so that they can be made again at any time -----
 def notes_of(options, classes, bad):
@@ -870,10 +835,8 @@ def notes_of(options, classes, bad):
         notes.append(f"{len(bad)} recordings that cannot be used were skipped, see results.json")
     return notes
 
-
 def percent(value):
     return f"{100 * value:.1f}"
-
 
 def spread(values):
     """(seeds, folds) -> mean ± deviation (ddof 1) over folds (± over seeds), in percent."""
@@ -885,7 +848,6 @@ def spread(values):
         text += f" (± {percent(values.mean(axis=1).std(ddof=1))})"
     return text
 
-
 def values_of(seeds, test, metric):
     """Results of the folds of each seed -> a metric of theirs, (seeds, folds)"""
     values = []
@@ -893,11 +855,9 @@ def values_of(seeds, test, metric):
         values.append([metric(confusion_of([result], test)) for result in results])
     return np.array(values)
 
-
 def confusion_of(results, test):
     """The confusion matrix of all these folds together."""
     return np.sum([result["tests"][test]["confusion"] for result in results], axis=0)
-
 
 def markdown(head, rows):
     """A table in Markdown, aligned for those who read it as it is; rows may end early."""
@@ -907,7 +867,6 @@ def markdown(head, rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
 
 def table(results, test, cell=str):
     """What a run ends with: a row for each fold; mean, deviation and pooled metrics."""
@@ -927,19 +886,32 @@ def table(results, test, cell=str):
     head = ["fold", test, "validation", "utterances", *METRICS, "parameters", "search", "training"]
     return markdown(head, [*rows, mean, pooled])
 
+def best_epoch(results):
+    """A note, in a list, where the log has followed the test speakers."""
+    if "test_ua" not in results[0]["log"][-1]:
+        return []
+    said = "best epoch on the test speakers, as the authors count:"
+    for name in METRICS:
+        best = []
+        for result in results:
+            best.append(max(row.get(f"test_{name.lower()}", 0) for row in result["log"]))
+        said += f" {name} {percent(np.mean(best))}"
+    return [said]
 
 def finish(run, chosen):
     """Of a run that is finished: writes results.json and report.md, then prints the table."""
     results = [result_of(run, k) for k in chosen]
     folder = folder_of(run)
-    write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": results}))
+    folds = []
+    for result in results:
+        folds.append({name: result[name] for name in result if name not in ("folder", "seen")})
+    write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": folds}))
     write(folder / "report.md", report(results, run))
     print(f"\n{run.dataset}, protocol {run.protocol}: {model_name(run)}, seed {run.seed}")
     for test in results[0]["tests"]:
         print(table(results, test))
-    print(*results[0]["notes"], sep="\n")
+    print(*best_epoch(results), *results[0]["notes"], sep="\n")
     print(f"report.md, models, logs and predictions are in {folder}")
-
 
 # The table of all models and seeds ---------------------------------------------------------------
 def compare(options, chosen):
@@ -950,21 +922,30 @@ def compare(options, chosen):
     write(folder / "results.json", json.dumps(about, indent=1))
     write(folder / "table.md", text + "\n")
     if len(runs) > 1:
-        print(f"\n{text}\n\nof all that is finished in {folder}; the same is in its table.md")
-
+        print(f"\n{text}\n\nof all that is finished in {folder}, as table.md")
 
 def comparison(runs):
-    """-> a row for each model, {column: cell}, with its figures; and the table in Markdown"""
+    """`runs`: see `by_run`. -> a row for each model and for the ensemble of its seeds, {column:
+    cell}, with the figures that the cells were made of; and the table in Markdown"""
     models, rows = {}, []  # name -> for each seed the results of its folds
     for (name, _), results in runs.items():
         models.setdefault(name, []).append(results)
-    for test, name in itertools.product(results[0]["tests"], models):
-        rows.append(row_of(name, models[name], test, next(iter(models.values()))))
+    for test in results[0]["tests"]:
+        first = next(iter(models.values()))
+        for name, seeds in models.items():
+            rows.append(row_of(name, seeds, test, first))
+        first = None  # of the ensembles
+        for name, seeds in models.items():
+            together = ensemble(seeds, test)
+            if together:
+                first = first or [together]
+                name = f"{name}, ensemble of {len(seeds)}"
+                rows.append(row_of(name, [together], test, first))
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
-    cells = [list(map(row.get, heads)) for row in rows]
-    legend = "mean ± deviation over folds (± seeds); p: paired t-test over folds, with row 1"
+    cells = [[str(row.get(name, "")) for name in heads] for row in rows]
+    legend = ("mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over "
+              "folds against the first row, of ensembles against the first of them")
     return rows, "\n".join([markdown(heads, cells), legend, *results[0]["notes"]])
-
 
 def row_of(name, seeds, test, first):
     """`seeds`: for each seed of a model the results of its folds, `first`: those of the first."""
@@ -972,20 +953,43 @@ def row_of(name, seeds, test, first):
     values = {metric: values_of(seeds, test, METRICS[metric]) for metric in METRICS}
     p = p_value(values["UA"], values_of(first, test, ua))
     row = {"set": test, "model": name, "seeds": len(seeds), "p": p}
-    seen = [result["validation_ua"] for result in results]
+    seen = [result.get("validation_ua") for result in results]
     if None not in seen:
         values["validation UA"] = np.reshape(seen, (len(seeds), -1))
     for metric, value in values.items():
         row[metric] = spread(value)
         row[f"{metric} of seeds, folds"] = value.tolist()
-    row["weights"] = f"{np.mean([result['parameters'] for result in results]):,.0f}"
+    if "parameters" in results[0]:  # an ensemble has no single number
+        weights = np.mean([result["parameters"] for result in results])
+        row["weights"] = f"{weights:,.0f}"
     if "seconds" in results[0]:  # a model.pt does not know
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        row["peak"] = f"{max(result['peak_gb'] or math.nan for result in results):.2f} GB"
+        peak = max(result["peak_gb"] or math.nan for result in results)
+        row["peak"] = f"{peak:.2f} GB"
     return row
 
+def ensemble(seeds, test):
+    """A model's seeds -> results of its folds when their logits are averaged; [] of a single seed,
+    and of seeds that were tested on different utterances (--skip-bad). predictions.csv has
+    probabilities: their logarithms are the logits, up to a constant for each utterance."""
+    folds = []
+    for results in zip(*seeds):  # of a fold, one for each seed
+        utterances, total = [], 0
+        for result in results:
+            with reading(result["folder"] / result["tests"][test]["predictions"]) as file:
+                text = file.read_text(encoding="utf-8", errors="surrogateescape")
+                _, *rows = csv.reader(io.StringIO(text, newline=""))
+                utterances.append([row[:2] for row in rows])  # name and label
+                p = np.array([row[3:] for row in rows], dtype=float)
+            if len(results) < 2 or utterances[-1] != utterances[0]:
+                return []
+            total = total + np.log(np.maximum(p, 1e-300))
+        labels = [result["classes"].index(label) for _, label in utterances[0]]
+        confusion = confusion_matrix(labels, torch.from_numpy(total))
+        folds.append({"tests": {test: {"confusion": confusion}}})
+    return folds
 
 def p_value(values, reference):
     """Of a paired t-test over folds, averaged over seeds; "" where there is nothing to test."""
@@ -994,7 +998,6 @@ def p_value(values, reference):
         return ""
     return f"{stats.ttest_1samp(difference, 0).pvalue:.2g}"
 
-
 # report.md ---------------------------------------------------------------------------------------
 def report(results, options):
     """Made of the results alone. -> Markdown, with Mermaid graphs."""
@@ -1002,6 +1005,7 @@ def report(results, options):
     text = [f"# {dataset}, protocol {options.protocol}: {first['model']}, seed {options.seed}"]
     text += ["## Results", *map(plain, first["notes"])]
     text += [table(results, test, plain) for test in first["tests"]]
+    text += best_epoch(results)
     text += ["## Confusion", "Rows: what it was. Columns: what it was taken for."]
     text += [confusion_table(results, test) for test in first["tests"]]
     if first["decision"]:
@@ -1018,11 +1022,9 @@ def report(results, options):
     text += ["## Settings", markdown(["setting", "value"], rows)]
     return "\n\n".join(filter(None, text)) + "\n"
 
-
 def plain(text):
     """For Markdown, in which a corpus' names may mean something."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", " ".join(str(text).split()))
-
 
 def confusion_table(results, test):
     matrix = confusion_of(results, test)
@@ -1033,21 +1035,20 @@ def confusion_table(results, test):
         rows.append([name, *matrix[k], recall])
     return markdown([test, *classes, "recall, %"], rows)
 
-
 def decision_text(results, options):
     mean = {}
     for name in results[0]["decision"]:
         mean[name] = np.mean([result["decision"][name] for result in results])
-    text = ("Entropy of the alphas at the end (1: undecided, 0: decided) {entropy:.4f}; validation "
-            "UA (else training UA) of the supernet's weights with all operations "
-            "{ua_all_operations:.3f}, with those of the genotype {ua_of_genotype:.3f}.")
+    text = ("Entropy of the alphas (1: undecided, 0: decided): {entropy:.4f}. Validation UA (else "
+            "training UA) of the supernet's weights with all operations: {ua_all_operations:.3f}, "
+            "with the genotype's: {ua_of_genotype:.3f}.")
     if len(results) > 1:
         text += " " + agreement([result["genotype"] for result in results], options)
     return text.format(**mean)
 
-
 def agreement(genotypes, options):
-    """Searched edges that two folds have in common on average, and two random genotypes would."""
+    """How many searched edges two folds have in common, on average over pairs of folds, and how
+    many two random genotypes would."""
     fixed, sets, by_chance = fixed_cells(options).cells(), [], 0.0
     for genotype in genotypes:
         edges = set()
@@ -1058,10 +1059,10 @@ def agreement(genotypes, options):
     common = np.mean([len(a & b) for a, b in itertools.combinations(sets, 2)])
     for kind, i, _, _ in edges:
         operations = SEQ_SPACES[options.seq_space] if kind == "seq" else CNN_OPS
-        by_chance += 2 / i / (len(operations) - 1)  # two of i predecessors, all but `none`
+        # A random genotype keeps 2 of a node's i predecessors, and any operation but `none`.
+        by_chance += 2 / i / (len(operations) - 1)
     return (f"Two folds have {common:.1f} of {len(edges)} edges in common, two random genotypes "
             f"{by_chance:.1f}.")
-
 
 def graph(kind, cell):
     """A cell as a Mermaid graph: states 0 and 1 are its inputs, the others its nodes."""
@@ -1071,7 +1072,6 @@ def graph(kind, cell):
         lines += [f'    s{j} -->|"{op}"| s{i}' for op, j in node]
         lines.append(f'    s{i} --> out(["output"])')
     return "\n".join([*lines, "```"])
-
 
 def curves(results, stage):
     """Loss and metrics of validation speakers as a Mermaid chart, whose title is the legend."""
@@ -1091,7 +1091,6 @@ def curves(results, stage):
     title = f'    title "{stage}: {", ".join(names)}"'
     head = ["```mermaid", "xychart-beta", title, f"    x-axis 1 --> {epochs}"]
     return "\n".join([*head, *lines, "```"])
-
 
 # What it will cost -------------------------------------------------------------------------------
 def dry_run(options, runs, data, splits):
@@ -1124,9 +1123,9 @@ def dry_run(options, runs, data, splits):
     print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, peak {most:.3g} GB; "
           f"nothing was trained; a run goes to {corpus_folder(options)}")
 
-
 def steps_of(options, classes, device):
-    """-> one by one, as memory counts, the name of a kind of step and a function that makes one."""
+    """-> for each kind of step its name and a function that makes one, with noise of the real size.
+    One by one: a supernet is gone before the steps of its derived network are measured."""
     shape = Settings(options.features, options.window).shape
     x = torch.randn(options.batch, 1, *shape, device=device)
     target = torch.arange(options.batch, device=device) % classes
@@ -1145,7 +1144,6 @@ def steps_of(options, classes, device):
     net = network(options, classes, genotype).to(device)
     yield "training step", partial(step, net, optimizer_of(net.parameters(), options))
 
-
 def seconds_of(step, device):
     """The median of the later steps: the first are slower, and sampled ones are not alike."""
     times = []
@@ -1156,7 +1154,6 @@ def seconds_of(step, device):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return float(np.median(times[len(times) // 2 :]))
-
 
 def peak_memory(device):
     """Most GB since it was asked last, on a GPU of tensors, on Linux of the process; or None."""
@@ -1172,7 +1169,6 @@ def peak_memory(device):
     found = re.search(r"VmHWM:\s+(\d+)", status)  # not where a sandbox makes its own /proc
     return round(int(found[1]) * 1024 / 1e9, 3) if found else None
 
-
 # The use of finished models ----------------------------------------------------------------------
 def read_model(file):
     with reading(file):
@@ -1187,7 +1183,6 @@ def read_model(file):
         mean_std = found["mean_std"]  # (F,) each; None: each speaker has one's own
         return argparse.Namespace(about=about, options=options, net=net, mean_std=mean_std,
                                   folder=file.parent)
-
 
 def use(options):
     """--from RUN: recognises clips, or scores a corpus, or says what the models are."""
@@ -1206,7 +1201,6 @@ def use(options):
     for model in models:
         del model.about["seen"]  # a long list
         print(json.dumps(model.about, indent=1))
-
 
 @torch.no_grad()
 def recognise(models, clips):
@@ -1234,7 +1228,6 @@ def recognise(models, clips):
         values = "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, p))
         print(f"{clip}  {classes[p.argmax()]}  {values}")
 
-
 def score_corpus(models, options):
     """The tables of finished models on a corpus of which they have seen no recording."""
     device, first, name = pick_device(options.device), models[0], options.dataset
@@ -1247,8 +1240,8 @@ def score_corpus(models, options):
         seen = set(map(tuple, model.about["seen"]))
         for utterance, known in zip(listing.utterances, listing.prints):
             if known in seen:
-                fold = f"the model of fold {model.about['fold']} was trained or validated on it"
-                raise InputError(f"{utterance.path}: {fold}; expected recordings new to it")
+                fold = f"the model of fold {model.about['fold']} has seen it; expected new ones"
+                raise InputError(f"{utterance.path}: {fold}")
     first.options.cache, first.options.skip_bad = options.cache, options.skip_bad
     data = data_of(first.options, listing, classes, device)
     for why in data.store.bad.values():
@@ -1260,14 +1253,13 @@ def score_corpus(models, options):
         net = model.net.to(device)
         (model.folder / file).parent.mkdir(exist_ok=True)
         tests = {name: score(net, data, usable, model.options, model.folder, file)}
-        results.append(model.about | {"tests": tests})
+        results.append(model.about | {"tests": tests, "folder": model.folder})
     runs = by_run(results, sorted({result["fold"] for result in results}))
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
     if len(runs) > 1:
         print(f"\n{comparison(runs)[1]}")
     print(f"predictions are beside each model, in {file}")
-
 
 def main(argv=None):
     if sys.stdout is None or sys.stdout.closed:
@@ -1290,7 +1282,6 @@ def main(argv=None):
         if isinstance(error, BrokenPipeError):  # Python would try it once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

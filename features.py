@@ -9,6 +9,7 @@ import csv
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -650,10 +651,10 @@ def write(file, content):
         os.fsync(out.fileno())
     os.replace(part, file)
 
-def code_digest(*files):
-    """Of Python files' tokens: neither comments, docstrings, layout nor Python's version count."""
+def code_digest(*sources):
+    """Of Python texts' tokens: neither comments, docstrings, layout nor Python's version count."""
     found, statement, begun = [], [], []  # `begun`: where f-strings begin that have not ended
-    for text in [Path(file).read_text(encoding="utf-8-sig") for file in files]:
+    for text in sources:
         lines = text.split("\n")
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             kind, said = tokenize.tok_name[token.type], token.string
@@ -692,7 +693,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     that cannot be used (`skip_bad`: Store.bad), or one that cannot be read now; nothing is kept."""
     paths = [u.path for u in listing.utterances]
     times = [path.stat().st_mtime if path.is_file() else None for path in paths]
-    code = [code_digest(__file__), torchaudio.__version__]
+    code = [code_digest(inspect.getsource(sys.modules[__name__])), torchaudio.__version__]
     key = json.dumps([*code, asdict(settings), listing.digest, times]).encode()
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key).hexdigest()[:12]}")
     index, values = folder / "index.json", folder / "features"
@@ -707,8 +708,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
-        held = f"the features of {len(paths)} utterances"
-        raise InputError(f"{folder} does not hold {held}; delete it")
+        raise InputError(f"{folder} does not hold the features of all utterances; delete it")
     bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if reason}
     if bad and not (skip_bad and len(bad) < len(paths)):
         fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them or --skip-bad:"
@@ -789,15 +789,15 @@ def mean_std(parts):
     return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
 
 class Data:
-    """The windows of a corpus, read from the memory map batch by batch. `classes`: the network's,
-    or the listing's. `normalise`: train or speaker. Before the first batch: standardise_by"""
+    """Windows of a corpus, from the memory map. Before the first batch: standardise_by"""
     def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train",
                  cache="cache", skip_bad=False, progress=lambda text: None):
-        self.listing, self.settings, self.normalise = listing, settings, normalise
+        self.listing, self.settings = listing, settings
+        self.normalise, self.device = normalise, torch.device(device)
         self.classes = classes or listing.classes
-        self.device = torch.device(device)
         self.store = load(listing, settings, cache, skip_bad, progress)
-        self.labels = np.array([self.classes.index(u.label) for u in listing.utterances])
+        labels = [self.classes.index(u.label) for u in listing.utterances]
+        self.labels = np.array(labels)
 
     def windows(self, utterances):
         """-> tensors: their windows, and for each window its position in `utterances`."""

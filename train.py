@@ -24,6 +24,7 @@ import argparse
 import csv
 import ctypes
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -507,7 +508,8 @@ def parse(argv):
         parser.set_defaults(validation="none")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or (None if options.from_ else "smoke")
-    options.code = code_digest(emodarts.__file__, features.__file__, __file__)
+    modules = emodarts, features, sys.modules[__name__]
+    options.code = code_digest(*map(inspect.getsource, modules))  # wherever they were loaded from
     options.data = None  # the corpus' digest, once it is read
     return options
 

@@ -514,6 +514,7 @@ class Architect:
                 loss, gradients = self.gradient(val, alphas)
         if not all(found.isfinite().all() for found in (loss, *gradients)):
             raise ValueError(f"the alphas' loss, {loss.item():.3g}, or its gradient is not finite")
+        self.optimizer.zero_grad()  # of the caller's weight step
         for alpha, gradient in zip(alphas, gradients):
             alpha.grad = gradient
         self.optimizer.step()

@@ -28,6 +28,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import math
 import os
 import re
@@ -508,8 +509,8 @@ def parse(argv):
         parser.set_defaults(validation="none")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or (None if options.from_ else "smoke")
-    modules = emodarts, features, sys.modules[__name__]
-    options.code = code_digest(*map(inspect.getsource, modules))  # wherever they were loaded from
+    mine = "".join(linecache.getlines(__file__, globals()))  # also from a zip
+    options.code = code_digest(*map(inspect.getsource, (emodarts, features)), mine)
     options.data = None  # the corpus' digest, once it is read
     return options
 
@@ -616,7 +617,7 @@ def command(options):
         torch.set_num_threads(options.threads)
     if options.predict or options.from_:
         return use(options)
-    device = pick_device(options.device)
+    device = pick_device(options.device, options.amp)
     listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
     options.data = listing.digest
     runs = plan(options)
@@ -661,16 +662,18 @@ def data_of(options, listing, classes, device):
     return Data(listing, settings, classes=classes, device=device, normalise=options.normalise,
                 cache=options.cache, skip_bad=options.skip_bad, progress=say)
 
-def pick_device(name):
+def pick_device(name, amp=False):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":  # torchrun gives each process of a machine a number, and so a GPU
         name += ":" + os.environ.get("LOCAL_RANK", "0")
-    try:
-        torch.ones(1, device=name).tolist()
+    try:  # the processor of a machine may lack bfloat16
+        with torch.autocast(torch.device(name).type, torch.bfloat16, enabled=amp):
+            nn.LSTM(1, 1).to(name)(torch.ones(1, 1, 1, device=name))
     except Exception as error:  # what torch raises depends on the device
         why = f"{error!s:.150}"
-        raise InputError(f"--device {name} cannot be used here ({why}); cpu always can") from None
+        how = f"--device {name}{' with --amp' * amp} cannot be used here"
+        raise InputError(f"{how} ({why}); cpu without --amp always can") from None
     return torch.device(name)
 
 # A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
@@ -985,6 +988,8 @@ def ensemble(seeds, test):
                 _, *rows = csv.reader(io.StringIO(text, newline=""))
                 utterances.append([row[:2] for row in rows])  # name and label
                 p = np.array([row[3:] for row in rows], dtype=float)
+                if len(rows) != np.sum(result["tests"][test]["confusion"]):
+                    raise ValueError("rows are missing")
             if len(results) < 2 or utterances[-1] != utterances[0]:
                 return []
             total = total + np.log(np.maximum(p, 1e-300))

@@ -325,8 +325,11 @@ class Network(nn.Module):
         super().__init__()
         sizes = dict(classes=classes, bands=bands, channels=channels, cnn_cells=cnn_cells,
                      nodes=nodes, stem_stride=stem_stride, seq_width=seq_width or 1)
-        if min(*sizes.values(), seq_cells + 1) < 1:
-            raise ValueError(f"sizes: expected at least 1, and seq_cells 0: {sizes}, {seq_cells=}")
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
+        if seq_cells < 0:
+            raise ValueError(f"seq_cells is {seq_cells}, expected at least 0")
         self.relaxation, self.nodes = relaxation, nodes
         self.dropout = nn.Dropout(dropout)
         self.drop_path = 0.0  # the share of edges that are dropped in training

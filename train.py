@@ -55,7 +55,7 @@ from features import poisoned, read_corpus, seed_of, shuffled_parts, write
 # Optimizer and schedule --------------------------------------------------------------------------
 LABEL_SMOOTHING = 0.1
 CLIP = 5.0  # largest norm of the weights' gradient, DARTS'
-SEARCH_LR_END = 0.001  # not 0, as DARTS has it: the alphas go on, and so must the weights
+SEARCH_LR_END = 0.001  # DARTS', too; not 0: while alphas move, so must the weights
 RECIPES = {  # by --recipe, scale and model; lr and drop_path change with the epoch, see the loops
     "authors": dict(optimizer="sgd", lr=0.025, rise=0.0, decay=3e-4, dropout=0.3, drop_path=0.2),
     "paper": dict(optimizer="adamw", lr=0.001, rise=0.1, decay=0.05, dropout=0.0, drop_path=0.0),
@@ -88,6 +88,12 @@ def forward(net, x, options):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=options.amp):
         logits = net(x)
     return logits.float() if options.amp else logits
+
+def alpha_step(architect, alpha_batch, weight_batch, lr, options):
+    """One step of the alphas. -> the loss, a float."""
+    amp = options.amp and options.order == 1  # bfloat16 would round order 2's differences away
+    with torch.autocast(alpha_batch[0].device.type, torch.bfloat16, enabled=amp):
+        return architect.step(alpha_batch, weight_batch, lr)
 
 def weight_step(loss, optimizer):
     """One step of the weights. -> the loss, a float."""
@@ -123,18 +129,15 @@ def search(net, data, members, options, checkpoint):
         alpha_batches = data.batches(for_alphas, options.batch, *stage, epoch, "alphas")
         losses, alpha_losses = [], []
         net.train()
-        # Where one half has more windows, what is left over comes in another epoch.
+        # It ends with the shorter half; the longer one leaves out other windows in each epoch.
         for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, alpha_batches)):
             torch.manual_seed(seed_of(*stage, epoch, step))
             x, target = data.read(weight_batch)
             x = augmented(x, options)
-            # In the warm-up alphas wait: operations that have nothing to learn would be ahead.
+            # In the warm-up alphas wait: skips and pools would be ahead of untrained convolutions.
             if epoch >= options.warm_up:
-                val = data.read(alpha_batch)
-                # Order 2 takes differences that bfloat16 would round away.
-                amp = options.amp and options.order == 1
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                    alpha_losses.append(architect.step(val, (x, target), lr))
+                batches = data.read(alpha_batch), (x, target)
+                alpha_losses.append(alpha_step(architect, *batches, lr, options))
             with held_fixed(net.alphas()):
                 logits = forward(net, x, options)
                 losses.append(weight_step(loss(logits, target), optimizer))
@@ -145,8 +148,8 @@ def search(net, data, members, options, checkpoint):
     return derive(net)
 
 def train(net, data, members, watched, options, checkpoint):
-    """Trains a network from scratch. The last epoch counts, whatever is seen on the speakers who
-    are `watched`, a name for the log -> utterances."""
+    """Trains a network from scratch. The last epoch counts. `watched`: name in the log ->
+    utterances that are scored after each epoch, for the log alone."""
     stage = options.seed, checkpoint.fold, "train"
     weight = data.class_weights(members)  # rare classes count as much as others
     loss = partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
@@ -186,8 +189,8 @@ def augmented(x, options):
 # Predictions and scores --------------------------------------------------------------------------
 @torch.no_grad()
 def predict(net, data, utterances, options, shuffled_by=()):
-    """Logits of whole utterances, (utterances, classes): the mean over their windows. With a place
-    for `seed_of`, `shuffled_by`, windows come in random batches."""
+    """Logits of whole utterances, (utterances, classes): the mean over their windows. With
+    `shuffled_by`, what `seed_of` takes, windows come in random batches."""
     window, of = data.windows(utterances)
     parts = torch.arange(len(window)).split(64)
     if shuffled_by:
@@ -258,13 +261,13 @@ def run_fold(options, k, data, split):
         torch.manual_seed(seed_of(options.seed, k, "network"))
         net = network(options, len(data.classes), genotype).to(data.device)
         watched = {"val": split.validation} if split.validation else {}
-        if options.protocol == "paper":  # the authors count the best epoch on the test speakers
+        if options.protocol == "paper":  # for the log alone: the authors report its best epoch
             watched["test"] = sorted(set(itertools.chain(*split.tests.values())))
         train(net, data, split.train, watched, options, checkpoint)
     except ValueError as error:
-        place = checkpoint.where()
-        raise InputError(f"{place}: {error}; a smaller --lr may help") from None
-
+        if "finite" not in str(error):
+            raise
+        raise InputError(f"{checkpoint.where()}: {error}; a smaller --lr may help") from None
     # Everything is chosen: the test speakers are scored.
     tests = {}
     for name, members in split.tests.items():
@@ -300,7 +303,7 @@ def decision(net, genotype, data, members, options, fold):
     """Has the search decided? Entropy of the alphas, and the discretisation gap: UA on `members` of
     the supernet's weights with all operations, and with only the genotype's."""
     alone = network(options, len(data.classes), genotype).to(data.device)
-    alone.load_state_dict(net.state_dict(), strict=False)  # it has norms with a scale, 1, as well
+    alone.load_state_dict(net.state_dict(), strict=False)  # scales of its norms, new, stay 1
     said = {"entropy": entropy(net)}
     for name, each in (("ua_all_operations", net), ("ua_of_genotype", alone)):
         each.eval()
@@ -439,7 +442,7 @@ class Baseline(nn.Module):
         a = self.score(h).softmax(dim=1)  # (N, T, 1)
         return self.head((a * h).sum(dim=1))
 
-BASELINES = {  # name -> constructor(classes, bands); all are options, and rows of --compare
+BASELINES = {  # name -> constructor(classes, bands): a --model, and a row of --compare
     "cnn": partial(Baseline, lstm=0),
     "lstm": partial(Baseline, cnn=False, lstm=2),
     "cnn-lstm": Baseline,
@@ -458,10 +461,10 @@ SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
                   search_epochs=100, warm_up=20, epochs=30, threads=1),
 }
 AUTHORS = dict(features="mfcc-128", alpha_lr=3e-4)  # what --recipe authors brings beside its RECIPE
-# What a result does not depend on, up to rounding: may differ when a folder is used again.
+# No part of KEY: a result does not depend on them, but for rounding.
 NOT_SETTINGS = ["out", "root", "cache", "folds", "skip_bad", "device", "threads", "dry_run"]
 NOT_SETTINGS += ["seeds", "compare", "predict", "from_"]
-OF_A_RUN = ["model", "seed", "genotype"]  # settings in which the runs of one folder differ
+OF_A_RUN = ["model", "seed", "genotype"]  # no part of KEY either: they name a folder below
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -608,7 +611,7 @@ def folder_of(options, k=None):
 
 # The command -------------------------------------------------------------------------------------
 def command(options):
-    """Reads the corpus, then computes the folds that nobody else has; the last one prints."""
+    """Reads the corpus, then computes folds that no other process holds; the last one prints."""
     with suppress(AttributeError, TypeError):  # glibc gives memory back and asks for it again, a
         mallopt = ctypes.CDLL(None).mallopt  # tenth of a step's time; other libcs have no mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
@@ -636,6 +639,7 @@ def command(options):
     jobs = list(itertools.product(runs, chosen))
     if not work(jobs, lambda run, k: run_fold(run, k, data, splits[k])):
         return say("other processes have the rest; the last one prints the table")
+    chosen = [k for k in range(count) if all(result_of(run, k) for run in runs)]  # earlier ones too
     with lock(corpus_folder(options) / "lock"):  # another process may end at the same moment
         for run in runs:
             finish(run, chosen)
@@ -854,7 +858,7 @@ def spread(values):
     return text
 
 def values_of(seeds, test, metric):
-    """Results of the folds of each seed -> a metric of theirs, (seeds, folds)"""
+    """`seeds`: results, [seed][fold]. -> a metric of each, (seeds, folds)"""
     values = []
     for results in seeds:
         values.append([metric(confusion_of([result], test)) for result in results])
@@ -949,11 +953,11 @@ def comparison(runs):
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
     cells = [[str(row.get(name, "")) for name in heads] for row in rows]
     legend = ("mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over "
-              "folds against the first row, of ensembles against the first of them")
+              "folds against the set's first row, of ensembles against their first")
     return rows, "\n".join([markdown(heads, cells), legend, *results[0]["notes"]])
 
 def row_of(name, seeds, test, first):
-    """`seeds`: for each seed of a model the results of its folds, `first`: those of the first."""
+    """`seeds`: a model's results, [seed][fold]; `first`: those of the model that p refers to."""
     results = list(itertools.chain(*seeds))
     values = {metric: values_of(seeds, test, METRICS[metric]) for metric in METRICS}
     p = p_value(values["UA"], values_of(first, test, ua))
@@ -971,8 +975,8 @@ def row_of(name, seeds, test, first):
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        peak = max(result["peak_gb"] or math.nan for result in results)
-        row["peak"] = f"{peak:.2f} GB"
+        peaks = [result["peak_gb"] or math.nan for result in results]
+        row["peak"] = f"{np.fmax.reduce(peaks):.2f} GB"
     return row
 
 def ensemble(seeds, test):
@@ -1118,14 +1122,14 @@ def dry_run(options, runs, data, splits):
         steps["alpha step"] += half * (options.search_epochs - options.warm_up)
         steps["weight step"] += half * options.search_epochs
         steps["training step"] += whole * options.epochs
-    total, most = 0.0, 0.0
+    total, most = 0.0, math.nan
     for model in dict.fromkeys(map(model_name, runs)):
         same = [run for run in runs if model_name(run) == model]
         for kind, step in steps_of(same[0], len(data.classes), data.device):
             peak_memory(data.device)  # from here on
             seconds, count = seconds_of(step, data.device), steps[kind] * len(same)
             peak = peak_memory(data.device) or math.nan
-            total, most = total + count * seconds, max(most, peak)
+            total, most = total + count * seconds, np.fmax(most, peak)
             print(f"cost      {model}, {kind}: {count:,} of {seconds:.3g} s, {peak:.3g} GB")
     print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, peak {most:.3g} GB; "
           f"nothing was trained; a run goes to {corpus_folder(options)}")
@@ -1145,7 +1149,7 @@ def steps_of(options, classes, device):
         net = network(options, classes).to(device)
         genotype = derive(net)
         architect, batch = Architect(net, F.cross_entropy, order=options.order), (x, target)
-        yield "alpha step", partial(architect.step, batch, batch, 1e-3)
+        yield "alpha step", partial(alpha_step, architect, batch, batch, 1e-3, options)
         del architect
         yield "weight step", partial(step, net, optimizer_of(net.weights(), options), net.alphas())
     net = network(options, classes, genotype).to(device)
@@ -1237,7 +1241,8 @@ def recognise(models, clips):
 
 def score_corpus(models, options):
     """The tables of finished models on a corpus of which they have seen no recording."""
-    device, first, name = pick_device(options.device), models[0], options.dataset
+    first, name = models[0], options.dataset
+    device = pick_device(options.device, first.options.amp)
     listing = read_corpus(name, options.root, options.classes, options.protocol)
     classes = tuple(first.about["classes"])
     if not set(listing.classes) <= set(classes):
@@ -1260,7 +1265,8 @@ def score_corpus(models, options):
         net = model.net.to(device)
         (model.folder / file).parent.mkdir(exist_ok=True)
         tests = {name: score(net, data, usable, model.options, model.folder, file)}
-        results.append(model.about | {"tests": tests, "folder": model.folder})
+        about = model.about | {"validation": [], "validation_ua": None}  # of its own corpus
+        results.append(about | {"tests": tests, "folder": model.folder})
     runs = by_run(results, sorted({result["fold"] for result in results}))
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")

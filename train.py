@@ -131,6 +131,7 @@ def search(net, data, members, options, checkpoint):
         net.train()
         # It ends with the shorter half; the longer one leaves out other windows in each epoch.
         for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, alpha_batches)):
+            checkpoint.step = step
             torch.manual_seed(seed_of(*stage, epoch, step))
             x, target = data.read(weight_batch)
             x = augmented(x, options)
@@ -162,6 +163,7 @@ def train(net, data, members, watched, options, checkpoint):
         losses = []
         net.train()
         for step, batch in enumerate(data.batches(members, options.batch, *stage, epoch)):
+            checkpoint.step = step
             torch.manual_seed(seed_of(*stage, epoch, step))
             x, target = data.read(batch)
             logits = forward(net, augmented(x, options), options)
@@ -232,8 +234,7 @@ def score(net, data, members, options, folder, file):
         utterance = data.listing.utterances[i]
         probabilities = [f"{value:.9g}" for value in p]
         predicted = data.classes[np.argmax(p)]
-        name = data.listing.name(utterance)
-        rows.writerow([name, utterance.label, predicted, *probabilities])
+        rows.writerow([data.listing.name(utterance), utterance.label, predicted, *probabilities])
     write(folder / file, out.getvalue())
     confusion = confusion_matrix(data.labels[members], logits)
     said = {"speakers": data.speakers(members), "predictions": file}
@@ -676,8 +677,7 @@ def pick_device(name, amp=False):
             nn.LSTM(1, 1).to(name)(torch.ones(1, 1, 1, device=name))
     except Exception as error:  # what torch raises depends on the device
         why = f"{error!s:.150}"
-        how = f"--device {name}{' with --amp' * amp} cannot be used here"
-        raise InputError(f"{how} ({why}); cpu without --amp always can") from None
+        raise InputError(f"--device {name} {amp=} fails ({why}); cpu without --amp never") from None
     return torch.device(name)
 
 # A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
@@ -708,7 +708,7 @@ class Checkpoint:
     def __init__(self, options, fold):
         self.options, self.settings, self.fold = options, settings_of(options), fold
         self.file = folder_of(options, fold) / "checkpoint.pt"
-        self.stage, self.epoch, self.rows = "search", 0, []
+        self.stage, self.epoch, self.step, self.rows = "search", 0, 0, []
         self.genotype = self.decision = None
         self.parts, self.states = {}, {}  # states of a file wait there for `restore`
         self.saved = self.epoch_began = time.perf_counter()
@@ -723,7 +723,7 @@ class Checkpoint:
             say(f"goes on with {self.where()}")
 
     def where(self):
-        return f"fold {self.fold}, {self.stage}, epoch {self.epoch + 1}"
+        return f"fold {self.fold}, {self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
 
     def save(self):
         state = {name: getattr(self, name) for name in self.KEPT}

@@ -215,8 +215,10 @@ class Cell(nn.Module):
                     y = y * F.dropout(y.new_ones(len(y), *[1] * (y.dim() - 1)), p_drop)
                 arrived.append(y)
             if any(y.shape != arrived[0].shape for y in arrived):
-                shapes = {f"{j}_{i}": tuple(y.shape) for (j, _), y in zip(node, arrived)}
-                raise ValueError(f"{self.kind} cell: edges return different shapes: {shapes}")
+                shapes = ""
+                for (j, names), y in zip(node, arrived):
+                    shapes += f"; {', '.join(choices.get(f'{j}_{i}', names))}: {tuple(y.shape)}"
+                raise ValueError(f"{self.kind} cell: edges return different shapes{shapes}")
             states.append(sum(arrived[1:], start=arrived[0]))
         return torch.cat(states[2:], dim=self.concat)
 

@@ -354,7 +354,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     if not recorded:
         there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
         found = f"{len(labelled)} labels, and {listed(there) or 'no file'}"
-        wanted = corpus.index.__doc__.splitlines()[0]
+        wanted = (corpus.index.__doc__ or "what it reads").splitlines()[0]
         raise InputError(f"no utterance of {place} (found {found}); looked for: {wanted}")
     missing = len(labelled) - len(recorded)
     if missing:
@@ -512,7 +512,7 @@ class Settings:
     def __post_init__(self):
         kind = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
         if not kind or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            raise InputError(f"found {self}; expected mfcc-N or log-mel-N, n * {FRAME} s")
+            raise InputError(f"found {self}; expected mfcc- or log-mel-1 to 128, n * {FRAME} s")
 
     @property
     def shape(self):  # (F, T) of a window

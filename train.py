@@ -676,8 +676,7 @@ def pick_device(name, amp=False):
         with torch.autocast(torch.device(name).type, torch.bfloat16, enabled=amp):
             nn.LSTM(1, 1).to(name)(torch.ones(1, 1, 1, device=name))
     except Exception as error:  # what torch raises depends on the device
-        why = f"{error!s:.150}"
-        raise InputError(f"--device {name} {amp=} fails ({why}); cpu without --amp never") from None
+        raise InputError(f"--device {name}, {amp=}, fails: {error!s:.150}; try cpu") from None
     return torch.device(name)
 
 # A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
@@ -777,7 +776,8 @@ def reading(file):
         raise
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{file} is damaged ({lines[0]:.150}); delete it") from None
+        why = f"damaged, or of other code ({lines[0]:.150})"
+        raise InputError(f"{file} is {why}; delete it, or name another") from None
 
 def refuse_another_run(file, theirs, mine):
     """Settings in a file must be those of the command."""
@@ -829,7 +829,7 @@ def say(text):
 
 # Tables: functions of the result.json files alone, so that they can be made again at any time -----
 def notes_of(options, classes, bad):
-    legend = "; ".join(f"{name}: {metric.__doc__}" for name, metric in METRICS.items())
+    legend = "; ".join(f"{name}: {METRICS[name].__doc__ or 'see METRICS'}" for name in METRICS)
     notes = [f"in percent, {legend}; chance: UA {100 / len(classes):.3g}"]
     if options.dataset == "smoke":
         notes.append("smoke is a smoke test with generated sounds, not speech")
@@ -917,9 +917,8 @@ def finish(run, chosen):
     write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": folds}))
     write(folder / "report.md", report(results, run))
     print(f"\n{run.dataset}, protocol {run.protocol}: {model_name(run)}, seed {run.seed}")
-    for test in results[0]["tests"]:
-        print(table(results, test))
-    print(*best_epoch(results), *results[0]["notes"], sep="\n")
+    tables = [table(results, test) for test in results[0]["tests"]]
+    print(*tables, *best_epoch(results), *results[0]["notes"], sep="\n")
     print(f"report.md, models, logs and predictions are in {folder}")
 
 # The table of all models and seeds ---------------------------------------------------------------
@@ -1218,7 +1217,7 @@ def recognise(models, clips):
     """By the mean of the models' logits."""
     names = sorted({f"{model.about['model']}-seed{model.about['seed']}" for model in models})
     if len(names) > 1:
-        raise InputError(f"--from has models of several runs: {listed(names)}; name one")
+        raise InputError(f"--from has several runs; name one of RUN/{listed(names)}")
     classes, options = models[0].about["classes"], models[0].options  # of all folds of a run
     settings = Settings(options.features, options.window)
     maps = {}  # clip -> (windows, F, T), rounded as in training
@@ -1262,11 +1261,12 @@ def score_corpus(models, options):
     results, file = [], f"{name}-{listing.digest[:8]}/predictions.csv"
     for model in models:
         data.standardise_by(known=model.mean_std)
-        net = model.net.to(device)
         (model.folder / file).parent.mkdir(exist_ok=True)
-        tests = {name: score(net, data, usable, model.options, model.folder, file)}
-        about = model.about | {"validation": [], "validation_ua": None}  # of its own corpus
-        results.append(about | {"tests": tests, "folder": model.folder})
+        tested = score(model.net.to(device), data, usable, model.options, model.folder, file)
+        model.options.dataset = name
+        about = {"notes": notes_of(model.options, classes, data.store.bad), "tests": {name: tested}}
+        about |= {"validation": [], "validation_ua": None, "folder": model.folder}
+        results.append(model.about | about)
     runs = by_run(results, sorted({result["fold"] for result in results}))
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
@@ -1283,7 +1283,7 @@ def main(argv=None):
         command(parse(argv))
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         said = str(error) or "out of memory"  # as a MemoryError may be

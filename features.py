@@ -512,7 +512,7 @@ class Settings:
     def __post_init__(self):
         kind = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
         if not kind or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            raise InputError(f"found {self}; expected mfcc- or log-mel-1 to 128, n * {FRAME} s")
+            raise InputError(f"found {self}; expected mfcc-N or log-mel-N, N <= 128; n * {FRAME} s")
 
     @property
     def shape(self):  # (F, T) of a window

@@ -1,6 +1,6 @@
 """Search, derive, train, test: emoDARTS end to end, speaker-independent.
 
-    python train.py                                      # the smoke test: no data, no GPU, a minute
+    python train.py                                      # the smoke test, without data: 2 minutes
     python train.py --dataset emodb --root /data/emodb   # EMO-DB, leave one speaker out
     python train.py --dry-run                            # what would happen, and what it would cost
 

@@ -506,6 +506,7 @@ def parse(argv):
     scale = known.scale or corpus.scale
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], **how)
     add_options(parser)
+    add_method_options(parser)
     parser.set_defaults(scale=scale, folds=corpus.folds or None, **SCALES[scale])
     if known.recipe == "authors":
         parser.set_defaults(**AUTHORS)
@@ -527,10 +528,8 @@ def add_options(parser):
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--poison", type=at_least(0, float, 1), default=0.0,
-        help="share of the test utterances that is trained on")
-    add("--normalise", choices=("train", "speaker"), default="train",
-        help="by mean and deviation of the training speakers, or of each speaker")
+    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of tests to train on, too")
+    add("--normalise", choices=("train", "speaker"), default="train", help="whose mean, deviation")
     add("--cache", default="cache", help="folder of the computed features")
 
     add = parser.add_argument_group("sizes").add_argument
@@ -543,6 +542,8 @@ def add_options(parser):
     add("--stem-stride", type=int, help="2 halves the map before the first cell")
     add("--seq-width", type=int, help="width of projected frames; 0: their mean over F")
 
+
+def add_method_options(parser):
     add = parser.add_argument_group("search and training").add_argument
     add("--model", choices=MODELS, default=MODELS[0],
         help="searched, a random genotype, skip connections only, or designed by hand")
@@ -695,9 +696,8 @@ def work(jobs, compute):
 # Files are whole or not there, and a checkpoint holds whole epochs. Kill, power cut and Ctrl-C are
 # one case. What is read back is data: nothing is executed.
 SAVE_EVERY = 30  # seconds between two checkpoints
-COLUMNS = ["stage", "epoch", "lr", "loss", "alpha_loss", "entropy"]
-COLUMNS += [f"{who}_{metric.lower()}" for who in ("val", "test") for metric in METRICS]
-COLUMNS += ["seconds"]
+COLUMNS = ["stage", "epoch", "lr", "loss", "alpha_loss", "entropy",
+           *(f"{who}_{metric.lower()}" for who in ("val", "test") for metric in METRICS), "seconds"]
 
 class Checkpoint:
     """Where a fold stands: stage, epochs that are done, rows of log.csv, what the search found; and

@@ -170,6 +170,8 @@ class MixedOp(nn.Module):
 
     def forward(self, x, choice=None):
         if choice is None:
+            if len(self.ops) > 1:
+                raise ValueError(f"expected a choice, weights for some of {', '.join(self.ops)}")
             (op,) = self.ops.values()
             return op(x)
         total = None

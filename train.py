@@ -528,8 +528,9 @@ def add_options(parser):
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of tests to train on, too")
-    add("--normalise", choices=("train", "speaker"), default="train", help="whose mean, deviation")
+    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of tests trained on too")
+    add("--normalise", choices=("train", "speaker"), default="train",
+        help="by mean and deviation of the training speakers, or of each speaker")
     add("--cache", default="cache", help="folder of the computed features")
 
     add = parser.add_argument_group("sizes").add_argument
@@ -677,7 +678,8 @@ def pick_device(name, amp=False):
         with torch.autocast(torch.device(name).type, torch.bfloat16, enabled=amp):
             nn.LSTM(1, 1).to(name)(torch.ones(1, 1, 1, device=name))
     except Exception as error:  # what torch raises depends on the device
-        raise InputError(f"--device {name}, {amp=}, fails: {error!s:.150}; try cpu") from None
+        how = f"--device {name}{' with --amp' * amp} cannot be used here"
+        raise InputError(f"{how} ({error!s:.150}); cpu without --amp always can") from None
     return torch.device(name)
 
 # A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
@@ -752,10 +754,9 @@ class Checkpoint:
         log.writerows(self.rows)
         write(self.file.with_name("log.csv"), out.getvalue())
         run = self.options
-        epochs = run.search_epochs if self.stage == "search" else run.epochs
-        left = epochs - self.epoch
-        if self.stage == "search":
-            left += run.epochs  # as long each: a guess, and not a bad one
+        epochs, left = run.epochs, run.epochs - self.epoch
+        if self.stage == "search":  # epochs of the training take as long: a guess
+            epochs, left = run.search_epochs, run.search_epochs - self.epoch + run.epochs
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         say(f"{model_name(run)}, seed {run.seed}, fold {self.fold}  {self.stage} "
             f"{self.epoch}/{epochs}  {values}  {left * row['seconds']:.0f} s left")
@@ -938,22 +939,22 @@ def comparison(runs):
     models, rows = {}, []  # name -> for each seed the results of its folds
     for (name, _), results in runs.items():
         models.setdefault(name, []).append(results)
-    for test in results[0]["tests"]:
-        first = next(iter(models.values()))
+    first, *_ = models.values()
+    for test in first[0][0]["tests"]:
         for name, seeds in models.items():
             rows.append(row_of(name, seeds, test, first))
-        first = None  # of the ensembles
+        first_ensemble = None
         for name, seeds in models.items():
             together = ensemble(seeds, test)
             if together:
-                first = first or [together]
+                first_ensemble = first_ensemble or [together]
                 name = f"{name}, ensemble of {len(seeds)}"
-                rows.append(row_of(name, [together], test, first))
+                rows.append(row_of(name, [together], test, first_ensemble))
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
     cells = [[str(row.get(name, "")) for name in heads] for row in rows]
     legend = ("mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over "
               "folds against the set's first row, of ensembles against their first")
-    return rows, "\n".join([markdown(heads, cells), legend, *results[0]["notes"]])
+    return rows, "\n".join([markdown(heads, cells), legend, *first[0][0]["notes"]])
 
 def row_of(name, seeds, test, first):
     """`seeds`: a model's results, [seed][fold]; `first`: those of the model that p refers to."""
@@ -968,8 +969,7 @@ def row_of(name, seeds, test, first):
         row[metric] = spread(value)
         row[f"{metric} of seeds, folds"] = value.tolist()
     if "parameters" in results[0]:  # an ensemble has no single number
-        weights = np.mean([result["parameters"] for result in results])
-        row["weights"] = f"{weights:,.0f}"
+        row["weights"] = f"{np.mean([result['parameters'] for result in results]):,.0f}"
     if "seconds" in results[0]:  # a model.pt does not know
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]

@@ -309,14 +309,14 @@ class Frames(nn.Module):
         return self.project(x.transpose(1, 2))
 
 class Network(nn.Module):
-    """Map -> CNN cells -> SeqNN cells -> logits. Without `genotype` the supernet (every edge is a
-    mixed operation, and there are alphas), with one the derived network (every edge is the
+    """Map -> CNN cells, if any -> SeqNN cells -> logits. Without `genotype` the supernet (each edge
+    is a mixed operation, and there are alphas), with one the derived network (each edge is the
     operation that was found). The defaults are the paper's scale. ValueError for sizes that cannot
     be, and for a genotype that does not go with them or with `fixed`."""
     def __init__(
         self, *, classes=4, bands=128,  # number of emotions; F of the maps
         channels=8,  # of the first CNN cell; each of the (at most two) reduction cells doubles them
-        cnn_cells=4,  # at least 1; reduction cells stand at 1/3 and 2/3 of the depth
+        cnn_cells=4,  # reduction cells stand at 1/3 and 2/3; 0: the SeqNN reads the map's columns
         seq_cells=4,  # 0 gives the CNN-only search of 2023
         nodes=4,  # nodes a cell, of the supernet; a genotype brings its own
         stem_stride=1,  # 2 halves the input map before the first cell
@@ -327,24 +327,25 @@ class Network(nn.Module):
         fixed=None, genotype=None,  # fixed: a Genotype of the cells that a search leaves alone
     ):
         super().__init__()
-        sizes = dict(classes=classes, bands=bands, channels=channels, cnn_cells=cnn_cells,
-                     nodes=nodes, stem_stride=stem_stride, seq_width=seq_width or 1)
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
-        if seq_cells < 0:
-            raise ValueError(f"seq_cells is {seq_cells}, expected at least 0")
+        check_sizes(1, classes=classes, bands=bands, channels=channels, nodes=nodes,
+                    stem_stride=stem_stride, seq_width=seq_width or 1)
+        check_sizes(0, cnn_cells=cnn_cells, seq_cells=seq_cells)
+        if cnn_cells == 0 and not seq_width:
+            raise ValueError("cnn_cells is 0, which needs a seq_width: there are no channels")
         self.relaxation, self.nodes = relaxation, nodes
         self.dropout = nn.Dropout(dropout)
         self.drop_path = 0.0  # the share of edges that are dropped in training
         kinds = ["normal"] * cnn_cells + ["seq"] * seq_cells
-        kinds[cnn_cells // 3] = kinds[2 * cnn_cells // 3] = "reduce"
+        if cnn_cells:
+            kinds[cnn_cells // 3] = kinds[2 * cnn_cells // 3] = "reduce"
         wiring = self.wire(kinds, seq_space, fixed or Genotype(), genotype)
         c, f, affine = channels, math.ceil(bands / stem_stride), genotype is not None
-        stem = nn.Conv2d(1, 3 * c, 3, stem_stride, padding=1, bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm2d(3 * c))
-        self.cnn = nn.ModuleList()
-        older = newer = 3 * c, f  # C and F of the two outputs before a cell
+        self.stem, self.cnn = nn.Sequential(), nn.ModuleList()
+        older = newer = 1, bands  # C and F of the two outputs before a cell
+        if cnn_cells:
+            stem = nn.Conv2d(1, 3 * c, 3, stem_stride, padding=1, bias=False)
+            self.stem.extend([stem, nn.BatchNorm2d(3 * c)])
+            older = newer = 3 * c, f
         for k, kind in enumerate(kinds[:cnn_cells]):
             if kind == "reduce":
                 c, f = 2 * c, math.ceil(f / 2)
@@ -418,8 +419,9 @@ class Network(nn.Module):
         return s0, s1
 
     def frames(self, x):
-        """The CNN half: (N, 1, F, T) -> its last two outputs as sequences in time, (N, T', D)."""
-        x = self.stem(x)  # (N, 3 channels, F, T)
+        """The CNN half: (N, 1, F, T) -> its last two outputs as sequences in time, (N, T', D);
+        without CNN cells two projections of the map's columns."""
+        x = self.stem(x)  # (N, 3 channels, F, T), if there are CNN cells
         s0, s1 = self.through(self.cnn, x, x)
         s1 = self.bridge[-1](s1)
         s0 = self.bridge[0](s0) if len(self.seq) else s1

@@ -1,7 +1,8 @@
-"""Speech emotion corpora in, standardised windows of MFCCs or of log-mel bands out.
+"""Speech emotion corpora in, standardised windows of MFCCs, log-mel bands or one's own frames out.
 
     a corpus' folder -> read_corpus: utterances -> folds: who trains, validates, tests
     wav -> read_wav: mono, 16 kHz -> windows of 8 s -> maps_of: (F, T) = (128, 128), float16
+    npy -> read_frames: (frames, D) -> windows of 200 -> maps_of: (F, T) = (D, 100), float16
         -> load: a store on disk -> Data: batches (N, 1, F, T), standardised, and classes (N,)
 """
 
@@ -380,6 +381,17 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     home = folder if folder.is_dir() else Path(os.path.realpath(folder)).parent
     return Listing(dataset, protocol, home, CLASSES if wanted == CLASSES else names, utterances)
 
+def with_frames(listing, folder=None):
+    """The listing with the .npy of each recording in its place: of the same relative name, beside
+    the recordings or in a folder of their own. InputError where there is none."""
+    root, utterances = Path(folder or listing.root), []
+    for u in listing.utterances:
+        path = Path(os.path.relpath(u.path, listing.root)).with_suffix(".npy")
+        utterances.append(replace(u, path=root / path))
+    if not any(u.path.is_file() for u in utterances):
+        raise InputError(f"no frames in {root}; expected {path} and others; see --frames")
+    return replace(listing, root=root, utterances=utterances)
+
 def each_once(root, utterances):
     """Leaves out copies, links and doubled rows: what has the name or the path of another one.
     InputError where a recording has two labels, or a label or speaker two spellings."""
@@ -507,16 +519,29 @@ def check_apart(k, listing, fold):
 class Settings:
     """All that the values of the features depend on, beside the recordings and the code."""
     features: str = "mfcc-128"  # mfcc-N: N coefficients of 128 mel bands; log-mel-N: N bands, dB
-    window: float = 8.0  # seconds
+    window: float = 8.0  # seconds; of npy-D, one's own frames of D numbers each: frames
+    pool: int = None  # of npy-D: as many neighbouring frames become one, their mean
 
     def __post_init__(self):
-        kind = re.fullmatch("(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])", self.features)
-        if not kind or not FRAME <= self.window <= 600 or self.window / FRAME % 1:
-            raise InputError(f"found {self}; expected mfcc-N or log-mel-N, N <= 128; n * {FRAME} s")
+        form = "(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])"
+        if self.own:
+            form = "npy-[1-9][0-9]{0,4}"
+        known = re.fullmatch(form, self.features) and bool(self.pool) == self.own
+        if not known or self.window % self.step or not 1 <= self.window / self.step < 10_000:
+            raise InputError(f"found {self}; expected mfcc-N or log-mel-N, N <= 128, a window of "
+                             f"n * {FRAME} s, and no pool; or npy-D, a window of n * pool frames")
+
+    @property
+    def own(self):
+        return self.features.startswith("npy")
+
+    @property
+    def step(self):  # between two columns, in the window's unit
+        return self.pool or FRAME
 
     @property
     def shape(self):  # (F, T) of a window
-        return int(self.features.rpartition("-")[2]), round(self.window / FRAME)
+        return int(self.features.rpartition("-")[2]), round(self.window / self.step)
 
 def chunks(content, at):
     """(name, begin of its content, size as it says) of each chunk from byte `at` on."""
@@ -530,11 +555,10 @@ def chunks(content, at):
 
 def wav_parts(path):
     """-> `fmt ` and `data` of a wav file, whose size is believed only as far as it can be true."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     content, form = Path(path).read_bytes(), b""
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         stub = "; a git-lfs stub? Run `git lfs pull`" if content[:7] == b"version" else ""
+        stub = "; frames of one's own take --features npy-D" if content[1:6] == b"NUMPY" else stub
         raise InputError(f"{path}: not a wav file, which begins with RIFF and WAVE{stub}")
     for name, at, size in chunks(content, 12):
         form = content[at : at + size] if name == b"fmt " else form
@@ -592,10 +616,31 @@ def channels_cancel(path):
     mean = samples.mean(axis=1)
     return bool(mean.std(dtype=float) < samples.std(axis=0, dtype=float).mean() / 4)
 
+def read_frames(path, settings):
+    """-> (frames, D) of a .npy file, float32, which float16 can hold. Else InputError."""
+    try:  # mapped, not read: what is refused costs nothing, and nothing pickled is ever loaded
+        frames = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: {error!s:.99}; expected what np.save writes") from None
+    found, d = f"{path}: holds {frames.dtype} of shape {frames.shape}", settings.shape[0]
+    if frames.dtype.kind != "f" or frames.ndim != 2 or frames.shape[1] != d or not len(frames):
+        turned = "; is it (D, T)? Transpose it" if frames.shape[:1] == (d,) else ""
+        raise InputError(f"{found}; expected floats of shape (frames, {d}){turned}")
+    if not np.abs(frames).max() <= np.finfo(np.float16).max:  # or it is no number
+        raise InputError(f"{found}, some beyond ±65504 or not finite; expected what float16 holds")
+    return frames.astype(np.float32)
+
+def read(path, settings):
+    """-> samples or, of npy-D, frames: what `maps_of` takes."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    return read_frames(path, settings) if settings.own else read_wav(path)
+
 def windows(samples, settings):
-    """(samples,) -> (W, window). The last window ends with the utterance, and may overlap."""
-    size = round(settings.window * RATE)
-    samples = np.resize(samples, max(size, len(samples)))  # a short utterance is repeated
+    """(samples, ...) -> (W, window, ...). The last one ends with the utterance, may overlap."""
+    size = round(settings.window * (1 if settings.own else RATE))
+    shape = max(size, len(samples)), *samples.shape[1:]
+    samples = np.resize(samples, shape)  # a short utterance is repeated
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
     return np.stack([samples[start : start + size] for start in starts])
 
@@ -610,8 +655,11 @@ def transform(settings):
     return torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
 
 def maps_of(samples, settings):
-    """(samples,) -> (W, F, T) float16. One window at a time: torchaudio clamps a batch at 80 dB
-    below the loudest of its windows. With one thread: the same bits, however many there are."""
+    """(samples,) or (frames, F) -> (W, F, T) float16. Each window by itself: torchaudio clamps a
+    batch 80 dB below its loudest. One thread: the same bits, however many there are."""
+    if settings.own:
+        x = torch.from_numpy(windows(samples, settings)).transpose(1, 2)  # (W, D, window)
+        return x.unflatten(2, (-1, settings.pool)).mean(dim=3).half()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     frames = [transform(settings)(torch.from_numpy(each)) for each in windows(samples, settings)]
@@ -680,7 +728,7 @@ class Store:
     """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
     features: np.ndarray  # (windows, F, T) float16, memory-mapped
     first: np.ndarray  # (utterances + 1,)
-    seconds: np.ndarray  # (utterances,)
+    length: np.ndarray  # (utterances,), in seconds; of npy-D in frames
     bad: dict  # utterance -> why it has no windows; empty unless such are skipped
 
     def windows_of(self, utterances):
@@ -702,7 +750,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
             if not index.exists():
                 compute(folder, paths, times, settings, progress)
     try:
-        count, seconds, peaks, cancelled, why = zip(*json.loads(index.read_text("utf-8")))
+        count, length, peaks, cancelled, why = zip(*json.loads(index.read_text("utf-8")))
         shape = sum(count), *settings.shape
         whole = len(count) == len(paths) and values.stat().st_size == 2 * np.prod(shape)
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -724,19 +772,19 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     if odd:
         warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
     maps = np.memmap(values, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
-    return Store(maps, np.cumsum([0, *count]), np.array(seconds), bad)
+    return Store(maps, np.cumsum([0, *count]), np.array(length), bad)
 
 def compute(folder, paths, times, settings, progress):
-    """Writes the features, and an index: windows, seconds, peak, do channels cancel, what is wrong
+    """Writes the features, and an index: windows, length, peak, do channels cancel, what is wrong
     with the content. What only comes in the way of reading stops it: it may pass."""
-    index = []
+    index, unit = [], 1 if settings.own else RATE
     def computed(out):
         for n, (path, time) in enumerate(zip(paths, times), start=1):
             with naming(path):
                 try:
-                    samples = read_wav(path)
+                    samples = read(path, settings)
                     maps = maps_of(samples, settings).numpy().astype("<f2")
-                    about = channels_cancel(path), None
+                    about = not settings.own and channels_cancel(path), None
                 except InputError as error:
                     if time and not path.is_file():  # it vanished
                         raise
@@ -744,7 +792,7 @@ def compute(folder, paths, times, settings, progress):
                     about = False, str(error).removeprefix(f"{path}: ")
             out.write(maps.tobytes())
             peak = float(np.abs(samples).max(initial=0))
-            index.append((len(maps), len(samples) / RATE, peak, *about))
+            index.append((len(maps), len(samples) / unit, peak, *about))
             if n % 100 == 0 or n == len(paths):
                 progress(f"features of recording {n} of {len(paths)}")
     write(folder / "features", computed)

@@ -1014,7 +1014,7 @@ def test_features_are_computed_once_also_where_a_run_was_killed(tmp_path, monkey
         monkeypatch.setattr(features, "lock", None)  # where nothing can be written
     assert reads.call_count == 45 and len(os.listdir(folder)) == 3
     assert store.features.shape == (43 + 34, 8, 16) and isinstance(store.features, np.memmap)
-    assert store.seconds.sum() == pytest.approx(43 * 0.1 + 34)
+    assert store.length.sum() == pytest.approx(43 * 0.1 + 34)
     places = [each.tolist() for each in store.windows_of([1, 0])]
     assert places == [[*range(1, 18), 0], [0] * 17 + [1]]
 

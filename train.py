@@ -50,7 +50,7 @@ import features
 from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, derive, entropy
 from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
 from features import CORPORA, Data, InputError, Settings, code_digest, halves, listed, lock
-from features import poisoned, read_corpus, seed_of, shuffled_parts, write
+from features import poisoned, read_corpus, seed_of, shuffled_parts, with_frames, write
 
 # Optimizer and schedule --------------------------------------------------------------------------
 LABEL_SMOOTHING = 0.1
@@ -348,7 +348,7 @@ def save_model(file, net, data, about):
 # Networks ----------------------------------------------------------------------------------------
 def network(options, classes, genotype=None):
     """The supernet or, with a genotype, the derived network; or a baseline."""
-    bands, _ = Settings(options.features, options.window).shape
+    bands, _ = map_settings(options).shape
     if options.model in BASELINES:
         net = BASELINES[options.model](classes, bands)
     else:
@@ -446,10 +446,16 @@ class Baseline(nn.Module):
 BASELINES = {  # name -> constructor(classes, bands): a --model, and a row of --compare
     "cnn": partial(Baseline, lstm=0),
     "lstm": partial(Baseline, cnn=False, lstm=2),
+    "lstm-att": partial(Baseline, cnn=False, lstm=2, attention=True),
     "cnn-lstm": Baseline,
     "cnn-lstm-att": partial(Baseline, attention=True),
 }
 MODELS = ["emodarts", "random", "skip", *BASELINES]  # in the order of the table
+
+def models_for(options):
+    """All, but no convolution over the numbers of one's own frames, which have no order."""
+    own = map_settings(options).own
+    return [model for model in MODELS if not (own and model.startswith("cnn"))]
 
 # Options -----------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
@@ -461,10 +467,12 @@ SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
                   seq_cells=1, seq_width=64, relaxation="sample",
                   search_epochs=100, warm_up=20, epochs=30, threads=1),
 }
+# What --features npy-D brings: at 50 frames a second, as most models give, 4 s and 100 steps.
+OWN_FRAMES = dict(window=200.0, pool=2, cnn_cells=0)
 AUTHORS = dict(features="mfcc-128", alpha_lr=3e-4)  # what --recipe authors brings beside its RECIPE
 # No part of KEY: a result does not depend on them, but for rounding.
-NOT_SETTINGS = ["out", "root", "cache", "folds", "skip_bad", "device", "threads", "dry_run"]
-NOT_SETTINGS += ["seeds", "compare", "predict", "from_"]
+NOT_SETTINGS = ["out", "root", "frames", "cache", "folds", "skip_bad", "device", "threads"]
+NOT_SETTINGS += ["dry_run", "seeds", "compare", "predict", "from_"]
 OF_A_RUN = ["model", "seed", "genotype"]  # no part of KEY either: they name a folder below
 
 class Parser(argparse.ArgumentParser):
@@ -501,6 +509,8 @@ def parse(argv):
     add("--recipe", choices=("ours", "authors"), default="ours", help="how networks are trained")
     add("--protocol", choices=("standard", "paper"), default="standard",
         help="folds, labels and subsets; paper: those of the emoDARTS authors")
+    add("--features", default="",
+        help="mfcc-N, log-mel-N: N coefficients or bands; npy-D: frames of yours, (frames, D)")
     known, _ = first.parse_known_args(argv)
     corpus = CORPORA[known.dataset or "smoke"]
     scale = known.scale or corpus.scale
@@ -508,6 +518,8 @@ def parse(argv):
     add_options(parser)
     add_method_options(parser)
     parser.set_defaults(scale=scale, folds=corpus.folds or None, **SCALES[scale])
+    if known.features.startswith("npy"):
+        parser.set_defaults(**OWN_FRAMES, seq_width=SCALES[scale]["seq_width"] or 128)
     if known.recipe == "authors":
         parser.set_defaults(**AUTHORS)
     if known.protocol == "paper":
@@ -522,6 +534,7 @@ def parse(argv):
 def add_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--root", help="folder of the corpus, or file of csv; None: data/DATASET")
+    add("--frames", help="folder of npy-D's files, named as the recordings; None: beside these")
     add("--classes", choices=("four", "all"), default="four",
         help="angry, happy, neutral and sad, or every label; a csv has its own labels")
     add("--validation", choices=("next", "none"), default="next",
@@ -534,15 +547,15 @@ def add_options(parser):
     add("--cache", default="cache", help="folder of the computed features")
 
     add = parser.add_argument_group("sizes").add_argument
-    add("--features", help="mfcc-N or log-mel-N, N coefficients or bands")
-    add("--window", type=float, help="seconds of a window; longer utterances become several")
+    add("--window", type=float,
+        help="seconds, of npy-D frames, of a window; longer utterances become several")
+    add("--pool", type=at_least(1), help="neighbouring frames of npy-D that are averaged")
     add("--channels", type=int, default=8, help="channels of the first CNN cell")
-    add("--cnn-cells", type=int, help="number of CNN cells")
+    add("--cnn-cells", type=int, help="number of CNN cells; 0 searches a SeqNN only")
     add("--seq-cells", type=int, help="number of SeqNN cells; 0 searches a CNN only")
     add("--nodes", type=int, help="nodes in each cell")
     add("--stem-stride", type=int, help="2 halves the map before the first cell")
     add("--seq-width", type=int, help="width of projected frames; 0: their mean over F")
-
 
 def add_method_options(parser):
     add = parser.add_argument_group("search and training").add_argument
@@ -573,10 +586,16 @@ def add_method_options(parser):
     add("--threads", type=at_least(1), help="CPU threads; None: torch's choice")
     add("--dry-run", action="store_true", help="say what would happen, and what it costs")
     add("--from", dest="from_", metavar="RUN", help="test its models on --dataset, or --predict")
-    add("--predict", nargs="+", metavar="CLIP", help="wav files that --from's models recognise")
+    add("--predict", nargs="+", metavar="CLIP", help="files that --from's models recognise")
 
 def check(options):
     """Refuses sizes and choices that cannot work together, before anything is computed."""
+    known = models_for(options)
+    if options.model not in known:
+        raise InputError(f"--model {options.model} convolves over bands, which {options.features} "
+                         f"has not; expected one of {', '.join(known)}")
+    if options.cnn_cells == 0 and options.search != "joint":
+        raise InputError(f"--search {options.search} without CNN cells; joint searches the SeqNN")
     if options.genotype and options.model != "emodarts":
         raise InputError(f"--genotype goes with --model emodarts, not {options.model}")
     if searches(options) and options.warm_up >= options.search_epochs:
@@ -624,7 +643,7 @@ def command(options):
     if options.predict or options.from_:
         return use(options)
     device = pick_device(options.device, options.amp)
-    listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
+    listing = listing_of(options, map_settings(options).own)
     options.data = listing.digest
     runs = plan(options)
     for run in {model_name(run): run for run in runs}.values():  # seeds change no sizes
@@ -653,7 +672,7 @@ def plan(options):
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = [(options.model, seed, options.genotype) for seed in seeds]
     if options.compare is not None:
-        others = [model for model in MODELS if model != "random"]
+        others = [model for model in models_for(options) if model != "random"]
         wanted += [(model, seed, None) for model in others for seed in seeds]
         wanted += [("random", options.seed + n, None) for n in range(options.compare)]
     runs = []
@@ -664,10 +683,20 @@ def plan(options):
             runs.append(run)
     return runs
 
+def map_settings(options):
+    return Settings(options.features, options.window, options.pool)
+
+def listing_of(options, own):
+    """The corpus of --dataset; `own`: with the user's frames in the place of its recordings."""
+    listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
+    if options.frames and not own:
+        raise InputError(f"--frames is {options.frames}; it goes with --features npy-D alone")
+    return with_frames(listing, options.frames) if own else listing
+
 def data_of(options, listing, classes, device):
-    settings = Settings(options.features, options.window)
-    return Data(listing, settings, classes=classes, device=device, normalise=options.normalise,
-                cache=options.cache, skip_bad=options.skip_bad, progress=say)
+    return Data(listing, map_settings(options), classes=classes, device=device,
+                normalise=options.normalise, cache=options.cache, skip_bad=options.skip_bad,
+                progress=say)
 
 def pick_device(name, amp=False):
     if name == "auto":
@@ -1106,10 +1135,12 @@ def curves(results, stage):
 def dry_run(options, runs, data, splits):
     """Says what there is, what would happen, and what it costs here, measured on noise."""
     windows = np.diff(data.store.first)  # of each utterance
+    length, unit = f"{data.store.length.sum() / 60:.1f} minutes", "s"
+    if data.settings.own:
+        length, unit = f"{data.store.length.sum():,.0f} frames", "frames"
     labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels))]
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(windows)} utterances "
-          f"({', '.join(labels)}), {data.store.seconds.sum() / 60:.1f} minutes, "
-          f"{windows.sum()} windows of {options.window:g} s")
+          f"({', '.join(labels)}), {length}, {windows.sum()} windows of {options.window:g} {unit}")
     steps = {"alpha step": 0, "weight step": 0, "training step": 0}
     for k, split in splits.items():
         sides = []
@@ -1136,8 +1167,7 @@ def dry_run(options, runs, data, splits):
 def steps_of(options, classes, device):
     """-> for each kind of step its name and a function that makes one, with noise of the real size.
     One by one: a supernet is gone before the steps of its derived network are measured."""
-    shape = Settings(options.features, options.window).shape
-    x = torch.randn(options.batch, 1, *shape, device=device)
+    x = torch.randn(options.batch, 1, *map_settings(options).shape, device=device)
     target = torch.arange(options.batch, device=device) % classes
 
     def step(net, optimizer, constants=()):
@@ -1195,7 +1225,7 @@ def read_model(file):
                                   folder=file.parent)
 
 def use(options):
-    """--from RUN: recognises clips, or scores a corpus, or says what the models are."""
+    """--from RUN: recognises clips, or scores a corpus."""
     folder = Path(options.from_ or "")
     files = [*folder.glob("model.pt")]
     files += sorted(folder.glob("fold*/model.pt")) + sorted(folder.glob("*/fold*/model.pt"))
@@ -1208,9 +1238,7 @@ def use(options):
         return recognise(models, options.predict)
     if options.dataset:
         return score_corpus(models, options)
-    for model in models:
-        del model.about["seen"]  # a long list
-        print(json.dumps(model.about, indent=1))
+    raise InputError("--from goes with --predict CLIP..., or with --dataset")
 
 @torch.no_grad()
 def recognise(models, clips):
@@ -1219,10 +1247,10 @@ def recognise(models, clips):
     if len(names) > 1:
         raise InputError(f"--from has several runs; name one of RUN/{listed(names)}")
     classes, options = models[0].about["classes"], models[0].options  # of all folds of a run
-    settings = Settings(options.features, options.window)
+    settings = map_settings(options)
     maps = {}  # clip -> (windows, F, T), rounded as in training
     for clip in clips:
-        maps[clip] = features.maps_of(features.read_wav(clip), settings).float()
+        maps[clip] = features.maps_of(features.read(clip, settings), settings).float()
     if options.normalise == "speaker":
         print("all clips are normalised together, as if of one speaker")
     own = features.mean_std(maps.values())
@@ -1242,7 +1270,7 @@ def score_corpus(models, options):
     """The tables of finished models on a corpus of which they have seen no recording."""
     first, name = models[0], options.dataset
     device = pick_device(options.device, first.options.amp)
-    listing = read_corpus(name, options.root, options.classes, options.protocol)
+    listing = listing_of(options, map_settings(first.options).own)
     classes = tuple(first.about["classes"])
     if not set(listing.classes) <= set(classes):
         unknown = listed(sorted(set(listing.classes) - set(classes)))

@@ -44,7 +44,7 @@ import train
 from emodarts import CNN_OPS, SEQ_OPS, Architect, Cell, Genotype, MixedOp, Network
 from emodarts import derive, entropy, expected_parameters, random_genotype, without_statistics
 from features import CLASSES, CORPORA, Data, Fold, InputError, Settings, code_digest, folds, halves
-from features import load, lock, poisoned, read_corpus, read_wav
+from features import load, lock, poisoned, read_corpus, read_wav, with_frames
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -222,6 +222,19 @@ def test_free_sizes(cnn_cells, seq_cells, nodes, channels, bands, t, seq_width):
     assert (found.normal is None, found.seq is None) == (cnn_cells < 3, seq_cells == 0)
     assert Network(**sizes, genotype=found)(x).shape == (2, 7)
 
+def test_a_network_without_cnn_cells_by_hand():
+    sizes = dict(bands=9, cnn_cells=0, seq_cells=1, seq_width=6, stem_stride=2)
+    assert [*Network(**sizes).alpha] == ["seq"]
+    cell = (("skip_connect", 0), ("rnn_2", 1)), (("skip_connect", 2), ("skip_connect", 1))
+    net, (x, _) = Network(**sizes, genotype=Genotype(seq=cell)).eval(), batch(2, f=9, t=5)
+    s0, s1 = [], []
+    for states, (linear, norm, _) in zip((s0, s1), (frames.project for frames in net.bridge)):
+        states += [norm(linear.weight @ x_t + linear.bias) for x_t in x[1, 0].T]
+    s0, s1 = torch.stack(s0), torch.stack(s1)
+    s2 = s0 + net.seq[0].edges["1_2"].ops["rnn_2"](s1[None])[0]
+    both = torch.cat([s2, s2 + s1], dim=1)  # neighbours of a node are averaged
+    close(net(x)[1], net.head(sum(both[:, 0::2] + both[:, 1::2]) / 2 / 5))
+
 def test_a_derived_network_exports_with_a_free_batch_size_and_without_a_warning():
     cnn = [[("dil_conv_3x3", 0), ("skip_connect", 1)]]  # with stride 2 both look at grids first
     genotype = Genotype(reduce=cnn, seq=[[("lstm_1", 0), ("rnn_att_1", 1)]])
@@ -338,7 +351,8 @@ def test_genotypes_that_cannot_be_are_refused(says, cells):
             Genotype.from_json(cell if says == "JSON" else '{"seq": %s}' % cell)
 
 @pytest.mark.parametrize("says, make", [
-    ("bands is 0", partial(Network, bands=0)), ("seq_cells is -1", partial(Network, seq_cells=-1)),
+    ("seq_width", partial(Network, cnn_cells=0)), ("bands is 0", partial(Network, bands=0)),
+    ("seq_cells is -1", partial(Network, seq_cells=-1)),
     ("'gru', expected one of all, lstm, rnn, lstm_att, rnn_att", partial(Network, seq_space="gru")),
     ("'hard', expected one of softmax, sample", partial(Network, relaxation="hard")),
     ("no reduce and no seq.* has: normal", lambda: Network(genotype=Genotype(normal=SKIPS))),
@@ -753,23 +767,6 @@ def test_a_wrong_root_is_refused_and_not_created(tmp_path, monkeypatch):
     assert os.listdir(".") == [] and len(read_corpus("smoke").utterances) == 96
     assert len(read_corpus("smoke", "data/smoke").utterances) == 96
 
-@pytest.mark.parametrize("what, doubled", [
-    ("a", 160), ("a/Session3", 32), ("text", 16), ("link", 0)])
-def test_a_recording_of_iemocap_counts_once(tmp_path, what, doubled, capsys):
-    iemocap(tmp_path)
-    before = read_corpus("iemocap", tmp_path).digest
-    text = tmp_path / "a/Session3/dialog/EmoEvaluation/Ses03F_impro04.txt"
-    if what == "text":
-        shutil.copy(text, text.with_name("Ses03F_impro04 copy.txt"))
-    elif what == "link":
-        (tmp_path / "0").symlink_to(tmp_path / "a")
-    else:
-        shutil.copytree(tmp_path / what, tmp_path / "b" / what)
-    capsys.readouterr()
-    assert read_corpus("iemocap", tmp_path).digest == before
-    said = re.findall(r"(\d+) labels of recordings that stand twice", capsys.readouterr().err)
-    assert said == [str(doubled)] * (doubled > 0)
-
 @pytest.mark.parametrize("dataset, row, change", [
     ("nemo", 1, ("\ta", "\ts")), ("nemo", 1, ("\tA", "\tB")), ("msp-improv", 0, ("; A;", "; H;")),
     ("msp-podcast", 2, (",A,", ",H,")), ("msp-podcast", 2, ("Train", "Test3"))])
@@ -965,9 +962,52 @@ def test_features_are_torchaudios():
             torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=2**-10)
     assert Settings().shape == (128, 128) and Settings("log-mel-64", 4.0).shape == (64, 64)
     names = ("mfcc", "mfcc-0", "mel-64", "log-mel-064", "mfcc-128 ", "log-mel-" + "9" * 5000)
-    for wrong in (*product(names, [8.0]), *product(["mfcc-8"], (0.1, np.nan, 1e300))):
+    pools = ("npy-5", 4.0), ("npy-5", 5.0, 2), ("npy-0", 4.0, 2), ("mfcc-8", 1.0, 2)
+    for wrong in (*product(names, [8.0]), *product(["mfcc-8"], (0.1, np.nan, 1e300)), *pools):
         with pytest.raises(InputError, match="expected mfcc-N or log-mel-N"):
             Settings(*wrong)
+
+def npy(x, save=np.save):
+    save(file := io.BytesIO(), x)
+    return file.getvalue()
+
+def test_frames_by_hand(tmp_path):
+    """Windows of 6 frames, of which 2 are averaged; the last one ends with the recording."""
+    listing, random, windows = emodb(tmp_path, 8), np.random.default_rng(0), []
+    for n, u in enumerate(listing.utterances):  # of 4 to 25 frames
+        frames = random.normal(5, 3, (4 + 3 * n, 3)).astype(("<f2", "<f4", "<f8", ">f4")[n % 4])
+        content = npy(np.asfortranarray(frames) if n % 2 else frames)
+        name = listing.name(u).replace(".wav", ".npy")
+        tree(tmp_path, {name: content, f"own/{name}": content})
+        x, last = np.concatenate([frames] * 2), max(len(frames), 6) - 6
+        starts = [*range(0, last, 6), last]
+        windows.append([[(x[t] + x[t + 1]) / 2 for t in range(i, i + 6, 2)] for i in starts])
+    own = with_frames(listing, tmp_path / "own")
+    assert own.digest == with_frames(listing).digest != listing.digest
+    data = Data(own, Settings("npy-3", 6.0, 2), cache=tmp_path / "c")
+    data.standardise_by([0, 1, 2])
+    seen = np.concatenate(windows[:3]).reshape(-1, 3)
+    for n, expected in enumerate(windows):
+        found = data.maps(next(data.windows([n])))[:, 0].mT
+        expected = (np.array(expected) - seen.mean(axis=0)) / seen.std(axis=0)
+        np.testing.assert_allclose(found, expected, atol=0.02)
+
+def test_frames_that_cannot_be_used_are_named_at_once_and_execute_nothing(tmp_path):
+    good = np.ones((9, 3))
+    bad = [np.ones((9, 4)), good[None], good.T, good.astype(int), good * 1e5, good * np.nan,
+           good[:0], good[0], npy(good)[:-1], npy(good, np.savez), b"", pickle.dumps(good),
+           npy(np.array([[{}] * 3]))]
+    listing = emodb(tmp_path, len(bad) + 2)  # one is good, one is not there
+    for u, x in zip(listing.utterances, [good, *bad]):
+        u.path.with_suffix(".npy").write_bytes(x if isinstance(x, bytes) else npy(x))
+    with pytest.raises(InputError) as error:
+        load(with_frames(listing), Settings("npy-3", 6.0, 2), tmp_path / "c")
+    _, *said = str(error.value).split("\n")
+    for u, line in zip(listing.utterances[1:], said, strict=True):
+        assert str(u.path.with_suffix(".npy")) in line
+    assert "Transpose" in said[2] and "65504" in said[4] and "no such file" in said[-1]
+    with pytest.raises(InputError, match="no .*nowhere/wav/03a00Ta.npy, nor others"):
+        with_frames(listing, tmp_path / "nowhere")
 
 def test_all_bad_files_are_named_at_once(tmp_path):
     good = riff(np.ones(1600) / 9)
@@ -1163,6 +1203,7 @@ LABELS, TWO_FOLDS = ("glad", "mad", "sad"), ["--folds", "1,0,1", "--out"]
 TINY = ("--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --channels 2 "
         "--cnn-cells 3 --nodes 1 --batch 4 --seq-width 8 --seq-space rnn --search-epochs 2 "
         "--warm-up 1 --epochs 2 --threads 1 --device cpu").split()
+OWN = "--features npy-3 --frames frames --window 6 --pool 2 --cnn-cells 0".split()
 FAST = ["--model", "cnn", "--folds", "0", "--out"]  # a baseline: nothing is searched
 DIGEST = functools.cache(features.code_digest)  # takes a fifth of a second
 RUN, FOLD = Path("one/emodarts-seed0"), "emodarts-seed0/fold0"
@@ -1175,6 +1216,8 @@ def make_corpus(folder, speakers, file, random):
             sound = np.sin((2000 + 2500 * k + 100 * ord(s)) * t)
             sound = sound + random.standard_normal(len(t)) / 2
             tree(folder, {f"{s}-{LABELS[k]}{n}.wav": riff(sound / 4)})
+            own = random.normal(k, 1, (3 + 2 * n, 3))
+            tree(folder / "frames", {f"{s}-{LABELS[k]}{n}.npy": npy(own)})
             text += f"\n{s}-{LABELS[k]}{n}.wav,{LABELS[k]},{s}"
     (folder / file).write_text(text)
 
@@ -1250,7 +1293,8 @@ def fold0(folder, *more, stage="search", nan=()):
     """-> options, data (without the features of some), fold 0, a checkpoint at a stage's begin"""
     options = train.parse([*TINY, *more, "--out", str(folder)])
     train.folder_of(options, 0).mkdir(parents=True)
-    checkpoint, listing = train.Checkpoint(options, 0), read_corpus("csv", "mine.csv")
+    checkpoint = train.Checkpoint(options, 0)
+    listing = train.listing_of(options, train.map_settings(options).own)
     data, (fold, *_) = train.data_of(options, listing, listing.classes, "cpu"), folds(listing)
     data.standardise_by(fold.train)
     checkpoint.stage = stage
@@ -1423,9 +1467,9 @@ def test_the_size_penalty_makes_operations_small(cwd, tmp_path, penalty, small):
     net, before, *_ = searched(tmp_path, *more)
     assert (expected_parameters(net) < 0.8 * expected_parameters(before)) == small
 
-def model_without(others, folder):
+def model_without(others, folder, *more):
     """Others have NaN as features, and another label. -> the model of fold 0; what was seen"""
-    options, data, fold, _ = fold0(folder, nan=others)
+    options, data, fold, _ = fold0(folder, *more, nan=others)
     data.labels[others] = 0
     train.run_fold(options, 0, data, fold)
     model = torch.load(folder / FOLD / "model.pt")
@@ -1433,13 +1477,14 @@ def model_without(others, folder):
     found = [tensor.tolist() for tensor in tensors]
     return [about["genotype"], found], [about["validation_ua"], about["decision"]]
 
-def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path):
-    clean, seen = model_without([], tmp_path / "clean")
-    assert model_without([*range(10)], tmp_path / "test") == (clean, seen)  # all of speaker a
-    model, theirs = model_without([*range(10, 20)], tmp_path / "validation")
+@pytest.mark.parametrize("more", [[], OWN])
+def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path, more):
+    clean, seen = model_without([], tmp_path / "clean", *more)
+    assert model_without([*range(10)], tmp_path / "test", *more) == (clean, seen)  # all of speaker a
+    model, theirs = model_without([*range(10, 20)], tmp_path / "validation", *more)
     assert model == clean and all(a != b for a, b in zip(theirs, seen))  # this is seen on the way
     with pytest.raises(InputError):  # the oracle sees something: a training utterance matters
-        model_without([20], tmp_path / "train")
+        model_without([20], tmp_path / "train", *more)
 
 def test_the_authors_best_epoch_on_the_test_speakers_chooses_nothing(cwd, monkeypatch, capsys):
     trained, real, both = [], train.train, []
@@ -1496,6 +1541,23 @@ def test_a_plan_has_each_model_and_seed_once():
         plan, expected = train.plan(train.parse(argv.split())), [*itertools.product(models, (0, 1))]
         expected += itertools.product(["random"], range(random))
         assert sorted((run.model, run.seed) for run in plan) == sorted(expected)
+    plan = train.plan(train.parse([*OWN, "--compare"]))
+    assert {run.model for run in plan} == {"emodarts", "random", "skip", "lstm", "lstm-att"}
+
+def test_frames_of_ones_own_from_the_command_to_a_prediction(cwd, capsys):
+    said(capsys, *OWN, *TWO_FOLDS, "own")
+    with stopping("weight_step", 13):
+        said(capsys, *OWN, *TWO_FOLDS, "own-stopped", code=130)
+    assert "goes on" in said(capsys, *OWN, *TWO_FOLDS, "own-stopped")
+    assert left("own-stopped") == left("own")
+    fold, expected = Path("own", FOLD), {}
+    assert [*read_json(fold / "genotype.json")] == ["seq"]
+    assert "normal" not in (fold.parent / "report.md").read_text().split("## Settings")[0]
+    for row in table(fold / "predictions.csv"):
+        clip = f"frames/{row['utterance']}"
+        expected[clip] = pytest.approx([float(row[c]) for c in LABELS], abs=6e-4)
+    assert heard(said(capsys, "--from", fold, "--predict", *expected)) == expected
+    assert " windows of 6 frames" in said(capsys, *OWN, "--dry-run", *FAST[2:], "dry")
 
 def test_the_command_leaves_what_it_promises(cwd):
     for fold, speaker, validation in zip(read_json(RUN / "results.json")["folds"], "ab", "bc"):
@@ -1639,7 +1701,7 @@ def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
         assert cells_of(out, f"| fold       | {name} ")[0]["WA"] == f"{100 * wa:.1f}"
 
 def heard(out):  # what --predict prints -> {clip: [probabilities]}
-    lines = [line.split() for line in out.splitlines() if ".wav " in line]
+    lines = [line.split() for line in out.splitlines() if re.search(r"\.(wav|npy) ", line)]
     return {line[0]: [float(p) for p in line[3::2]] for line in lines}
 
 def test_another_corpus_is_scored_as_by_hand(cwd, capsys):
@@ -1832,6 +1894,8 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
     assert devices == ["cuda:3", "cuda:1"]
 
 @pytest.mark.parametrize("arguments, names", [
+    ("--cnn-cells 0 --search seq", "--search seq"), ("--frames .", "--frames"),
+    (" ".join([*OWN, "--model cnn"]), "lstm-att"),
     ("--cnn 3", "--cnn"), ("--folds 9", "--folds"), ("--lr inf", "--lr"),
     ("--warm-up 5", "--warm-up"), ("--order 2", "order 2"), ("--cnn-cells -1", "cnn_cells"),
     ("--device meta", "meta"), ("--genotype mine.csv", "mine.csv"),

@@ -2,7 +2,7 @@
 
     a corpus' folder -> read_corpus: utterances -> folds: who trains, validates, tests
     wav -> read_wav: mono, 16 kHz -> windows of 8 s -> maps_of: (F, T) = (128, 128), float16
-    npy -> read_frames: (frames, D) -> windows of 200 -> maps_of: (F, T) = (D, 100), float16
+    npy -> read_frames: (frames, D) -> windows of 192 -> maps_of: (F, T) = (D, 64), float16
         -> load: a store on disk -> Data: batches (N, 1, F, T), standardised, and classes (N,)
 """
 

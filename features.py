@@ -389,7 +389,7 @@ def with_frames(listing, folder=None):
         path = Path(os.path.relpath(u.path, listing.root)).with_suffix(".npy")
         utterances.append(replace(u, path=root / path))
     if not any(u.path.is_file() for u in utterances):
-        raise InputError(f"no {utterances[0].path}, nor others; frames are looked for in --frames")
+        raise InputError(f"no frames, {utterances[0].path} for one; --frames names their folder")
     return replace(listing, root=root, utterances=utterances)
 
 def each_once(root, utterances):

@@ -591,8 +591,7 @@ def check(options):
     """Refuses sizes and choices that cannot work together, before anything is computed."""
     known = models_for(options)
     if options.model not in known:
-        raise InputError(f"--model {options.model} convolves over bands, which {options.features} "
-                         f"has not; expected one of {', '.join(known)}")
+        raise InputError(f"--model {options.model} is for bands; npy-D: {', '.join(known)}")
     if options.cnn_cells == 0 and options.search != "joint":
         raise InputError(f"--search {options.search} without CNN cells; joint searches the SeqNN")
     if options.genotype and options.model != "emodarts":

@@ -330,8 +330,8 @@ class Network(nn.Module):
         check_sizes(1, classes=classes, bands=bands, channels=channels, nodes=nodes,
                     stem_stride=stem_stride, seq_width=seq_width or 1)
         check_sizes(0, cnn_cells=cnn_cells, seq_cells=seq_cells)
-        if cnn_cells == 0 and not seq_width:
-            raise ValueError("cnn_cells is 0, which needs a seq_width: there are no channels")
+        if cnn_cells == 0 and not (seq_cells and seq_width):
+            raise ValueError("cnn_cells is 0, which needs seq_cells and a seq_width")
         self.relaxation, self.nodes = relaxation, nodes
         self.dropout = nn.Dropout(dropout)
         self.drop_path = 0.0  # the share of edges that are dropped in training
@@ -377,6 +377,8 @@ class Network(nn.Module):
                 wiring[kind] = [[(j, names) for j in range(i)] for i in range(2, self.nodes + 2)]
                 start = 1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names))
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
+        if not {*self.fixed} <= {*kinds}:
+            raise ValueError(f"cells {', '.join(self.fixed)}, of which this depth has fewer")
         if genotype is not None and self.candidates:
             raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which "
                              f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")

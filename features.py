@@ -384,11 +384,18 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
 def with_frames(listing, folder=None):
     """The listing with the .npy of each recording in its place: of the same relative name, beside
     the recordings or in a folder of their own. InputError where there is none."""
-    root, utterances = Path(folder or listing.root), []
+    root, utterances, found = Path(folder or listing.root), [], set()
     for u in listing.utterances:
-        path = Path(os.path.relpath(u.path, listing.root)).with_suffix(".npy")
-        utterances.append(replace(u, path=root / path))
-    if not any(u.path.is_file() for u in utterances):
+        path = u.path.with_suffix(".npy")
+        if folder and not path.is_relative_to(listing.root):
+            raise InputError(f"{path} is not below {listing.root}; expected so with --frames")
+        if folder:
+            path = root / path.relative_to(listing.root)
+        if path in found:
+            raise InputError(f"{path} is of two recordings; expected names that differ")
+        found.add(path)
+        utterances.append(replace(u, path=path))
+    if not any(path.is_file() for path in found):
         raise InputError(f"no frames, {utterances[0].path} for one; --frames names their folder")
     return replace(listing, root=root, utterances=utterances)
 
@@ -620,7 +627,9 @@ def read_frames(path, settings):
     """-> (frames, D) of a .npy file, float32, which float16 can hold. Else InputError."""
     try:  # mapped, not read: what is refused costs nothing, and nothing pickled is ever loaded
         frames = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged header may provoke anything
         raise InputError(f"{path}: {error!s:.99}; expected what np.save writes") from None
     found, d = f"{path}: holds {frames.dtype} of shape {frames.shape}", settings.shape[0]
     if frames.dtype.kind != "f" or frames.ndim != 2 or frames.shape[1] != d or not len(frames):
@@ -834,7 +843,9 @@ def mean_std(parts):
         x = part.double()
         moments = moments + torch.stack([x**0, x, x**2]).sum((1, 3))  # (3, F)
     mean, square = moments[1:] / moments[0]
-    return mean.float(), (square - mean**2).clamp(min=1e-10).sqrt().float()
+    variance = square - mean**2
+    deviation = torch.where(variance > 1e-10, variance, 1.0).sqrt()  # 1 of what is constant
+    return mean.float(), deviation.float()
 
 class Data:
     """Windows of a corpus, from the memory map. Before the first batch: standardise_by"""

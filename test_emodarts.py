@@ -1020,12 +1020,13 @@ def test_frames_by_hand(tmp_path):
         found = data.maps(next(data.windows([n])))[:, 0].mT
         expected = (np.array(expected) - seen.mean(axis=0)) / seen.std(axis=0)
         np.testing.assert_allclose(found, expected, atol=0.02)
+    assert features.mean_std([torch.ones(2, 3, 4)])[1].tolist() == [1, 1, 1]  # what is constant
 
 def test_frames_that_cannot_be_used_are_named_at_once_and_execute_nothing(tmp_path):
     good = np.ones((9, 3))
     bad = [np.ones((9, 4)), good[None], good.T, good.astype(int), good * 1e5, good * np.nan,
            good[:0], good[0], npy(good)[:-1], npy(good, np.savez), b"", pickle.dumps(good),
-           npy(np.array([[{}] * 3]))]
+           npy(np.array([[{}] * 3])), npy(good).replace(b"}", b"|")]
     listing = emodb(tmp_path, len(bad) + 2)  # one is good, one is not there
     for u, x in zip(listing.utterances, [good, *bad]):
         u.path.with_suffix(".npy").write_bytes(x if isinstance(x, bytes) else npy(x))
@@ -1574,12 +1575,12 @@ def test_a_plan_has_each_model_and_seed_once():
     assert {run.model for run in plan} == {"emodarts", "random", "skip", "lstm", "lstm-att"}
 
 def test_frames_of_ones_own_from_the_command_to_a_prediction(cwd, capsys):
-    said(capsys, *OWN, *TWO_FOLDS, "own")
+    said(capsys, *OWN, *TWO_FOLDS, "whole-frames")
     with stopping("weight_step", 13):
-        said(capsys, *OWN, *TWO_FOLDS, "own-stopped", code=130)
-    assert "goes on" in said(capsys, *OWN, *TWO_FOLDS, "own-stopped")
-    assert left("own-stopped") == left("own")
-    fold, expected = Path("own", FOLD), {}
+        said(capsys, *OWN, *TWO_FOLDS, "stopped-frames", code=130)
+    assert "goes on" in said(capsys, *OWN, *TWO_FOLDS, "stopped-frames")
+    assert left("stopped-frames") == left("whole-frames")
+    fold, expected = Path("whole-frames", FOLD), {}
     assert [*read_json(fold / "genotype.json")] == ["seq"]
     assert "normal" not in (fold.parent / "report.md").read_text().split("## Settings")[0]
     for row in table(fold / "predictions.csv"):

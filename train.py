@@ -688,8 +688,11 @@ def listing_of(options, own):
     """The corpus of --dataset; `own`: with the user's frames in the place of its recordings."""
     listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
     if options.frames and not own:
-        raise InputError(f"--frames is {options.frames}; it goes with --features npy-D alone")
-    return with_frames(listing, options.frames) if own else listing
+        raise InputError(f"--frames is {options.frames}; expected none, but with npy-D")
+    if not own:
+        return listing
+    features.folds(listing, chosen=(), validate=False)  # no recording on two sides
+    return with_frames(listing, options.frames)
 
 def data_of(options, listing, classes, device):
     return Data(listing, map_settings(options), classes=classes, device=device,

@@ -384,18 +384,15 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
 def with_frames(listing, folder=None):
     """The listing with the .npy of each recording in its place: of the same relative name, beside
     the recordings or in a folder of their own. InputError where there is none."""
-    root, utterances, found = Path(folder or listing.root), [], set()
+    root, utterances = Path(folder or listing.root), []
     for u in listing.utterances:
         path = u.path.with_suffix(".npy")
         if folder and not path.is_relative_to(listing.root):
             raise InputError(f"{path} is not below {listing.root}; expected so with --frames")
         if folder:
             path = root / path.relative_to(listing.root)
-        if path in found:
-            raise InputError(f"{path} is of two recordings; expected names that differ")
-        found.add(path)
         utterances.append(replace(u, path=path))
-    if not any(path.is_file() for path in found):
+    if not any(u.path.is_file() for u in utterances):
         raise InputError(f"no frames, {utterances[0].path} for one; --frames names their folder")
     return replace(listing, root=root, utterances=utterances)
 
@@ -527,20 +524,16 @@ class Settings:
     """All that the values of the features depend on, beside the recordings and the code."""
     features: str = "mfcc-128"  # mfcc-N: N coefficients of 128 mel bands; log-mel-N: N bands, dB
     window: float = 8.0  # seconds; of npy-D, one's own frames of D numbers each: frames
-    pool: int = None  # of npy-D: as many neighbouring frames become one, their mean
+    pool: int = None  # of npy-D alone: as many neighbouring frames become one, their mean
 
     def __post_init__(self):
         form = "(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])"
-        if self.own:
+        if self.pool:
             form = "npy-[1-9][0-9]{0,4}"
-        known = re.fullmatch(form, self.features) and bool(self.pool) == self.own
-        if not known or self.window % self.step or not 1 <= self.window / self.step < 10_000:
+        known, steps = re.fullmatch(form, self.features), self.window / self.step
+        if not known or steps % 1 or not 1 <= steps < 10_000:
             raise InputError(f"found {self}; expected mfcc-N or log-mel-N, N <= 128, a window of "
                              f"n * {FRAME} s, and no pool; or npy-D, a window of n * pool frames")
-
-    @property
-    def own(self):
-        return self.features.startswith("npy")
 
     @property
     def step(self):  # between two columns, in the window's unit
@@ -643,11 +636,11 @@ def read(path, settings):
     """-> samples or, of npy-D, frames: what `maps_of` takes."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
-    return read_frames(path, settings) if settings.own else read_wav(path)
+    return read_frames(path, settings) if settings.pool else read_wav(path)
 
 def windows(samples, settings):
     """(samples, ...) -> (W, window, ...). The last one ends with the utterance, may overlap."""
-    size = round(settings.window * (1 if settings.own else RATE))
+    size = round(settings.window * (1 if settings.pool else RATE))
     shape = max(size, len(samples)), *samples.shape[1:]
     samples = np.resize(samples, shape)  # a short utterance is repeated
     starts = [*range(0, len(samples) - size, size), len(samples) - size]
@@ -666,7 +659,7 @@ def transform(settings):
 def maps_of(samples, settings):
     """(samples,) or (frames, F) -> (W, F, T) float16. Each window by itself: torchaudio clamps a
     batch 80 dB below its loudest. One thread: the same bits, however many there are."""
-    if settings.own:
+    if settings.pool:
         x = torch.from_numpy(windows(samples, settings)).transpose(1, 2)  # (W, D, window)
         return x.unflatten(2, (-1, settings.pool)).mean(dim=3).half()
     threads = torch.get_num_threads()
@@ -786,14 +779,14 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
 def compute(folder, paths, times, settings, progress):
     """Writes the features, and an index: windows, length, peak, do channels cancel, what is wrong
     with the content. What only comes in the way of reading stops it: it may pass."""
-    index, unit = [], 1 if settings.own else RATE
+    index, unit = [], 1 if settings.pool else RATE
     def computed(out):
         for n, (path, time) in enumerate(zip(paths, times), start=1):
             with naming(path):
                 try:
                     samples = read(path, settings)
                     maps = maps_of(samples, settings).numpy().astype("<f2")
-                    about = not settings.own and channels_cancel(path), None
+                    about = not settings.pool and channels_cancel(path), None
                 except InputError as error:
                     if time and not path.is_file():  # it vanished
                         raise

@@ -1324,7 +1324,7 @@ def fold0(folder, *more, stage="search", nan=()):
     options = train.parse([*TINY, *more, "--out", str(folder)])
     train.folder_of(options, 0).mkdir(parents=True)
     checkpoint = train.Checkpoint(options, 0)
-    listing = train.listing_of(options, train.map_settings(options).own)
+    listing = train.listing_of(options, options.pool)
     data, (fold, *_) = train.data_of(options, listing, listing.classes, "cpu"), folds(listing)
     data.standardise_by(fold.train)
     checkpoint.stage = stage

@@ -454,8 +454,7 @@ MODELS = ["emodarts", "random", "skip", *BASELINES]  # in the order of the table
 
 def models_for(options):
     """All, but no convolution over the numbers of one's own frames, which have no order."""
-    own = map_settings(options).own
-    return [model for model in MODELS if not (own and model.startswith("cnn"))]
+    return [model for model in MODELS if not (options.pool and model.startswith("cnn"))]
 
 # Options -----------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
@@ -641,7 +640,7 @@ def command(options):
     if options.predict or options.from_:
         return use(options)
     device = pick_device(options.device, options.amp)
-    listing = listing_of(options, map_settings(options).own)
+    listing = listing_of(options, options.pool)
     options.data = listing.digest
     runs = plan(options)
     for run in {model_name(run): run for run in runs}.values():  # seeds change no sizes
@@ -684,15 +683,15 @@ def plan(options):
 def map_settings(options):
     return Settings(options.features, options.window, options.pool)
 
-def listing_of(options, own):
-    """The corpus of --dataset; `own`: with the user's frames in the place of its recordings."""
+def listing_of(options, pool):
+    """The corpus of --dataset; with a `pool` the user's frames in the place of its recordings."""
     listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
-    if options.frames and not own:
+    if options.frames and not pool:
         raise InputError(f"--frames is {options.frames}; expected none, but with npy-D")
-    if not own:
-        return listing
-    features.folds(listing, chosen=(), validate=False)  # no recording on two sides
-    return with_frames(listing, options.frames)
+    if pool:
+        features.folds(listing, chosen=(), validate=False)  # no recording is on two sides
+        listing = with_frames(listing, options.frames)
+    return listing
 
 def data_of(options, listing, classes, device):
     return Data(listing, map_settings(options), classes=classes, device=device,
@@ -1137,7 +1136,7 @@ def dry_run(options, runs, data, splits):
     """Says what there is, what would happen, and what it costs here, measured on noise."""
     windows = np.diff(data.store.first)  # of each utterance
     length, unit = f"{data.store.length.sum() / 60:.1f} minutes", "s"
-    if data.settings.own:
+    if options.pool:
         length, unit = f"{data.store.length.sum():,.0f} frames", "frames"
     labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels))]
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(windows)} utterances "
@@ -1271,7 +1270,7 @@ def score_corpus(models, options):
     """The tables of finished models on a corpus of which they have seen no recording."""
     first, name = models[0], options.dataset
     device = pick_device(options.device, first.options.amp)
-    listing = listing_of(options, map_settings(first.options).own)
+    listing = listing_of(options, first.options.pool)
     classes = tuple(first.about["classes"])
     if not set(listing.classes) <= set(classes):
         unknown = listed(sorted(set(listing.classes) - set(classes)))

@@ -508,8 +508,7 @@ def parse(argv):
     add("--recipe", choices=("ours", "authors"), default="ours", help="how networks are trained")
     add("--protocol", choices=("standard", "paper"), default="standard",
         help="folds, labels and subsets; paper: those of the emoDARTS authors")
-    add("--features", default="",
-        help="mfcc-N, log-mel-N: N coefficients or bands; npy-D: frames of yours, (frames, D)")
+    add("--features", default="", help="mfcc-N, log-mel-N, or npy-D: your frames of D numbers")
     known, _ = first.parse_known_args(argv)
     corpus = CORPORA[known.dataset or "smoke"]
     scale = known.scale or corpus.scale
@@ -533,9 +532,8 @@ def parse(argv):
 def add_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--root", help="folder of the corpus, or file of csv; None: data/DATASET")
-    add("--frames", help="folder of npy-D's files, named as the recordings; None: beside these")
-    add("--classes", choices=("four", "all"), default="four",
-        help="angry, happy, neutral and sad, or every label; a csv has its own labels")
+    add("--frames", help="folder of npy-D's files; None: beside the recordings")
+    add("--classes", choices=("four", "all"), default="four", help="of the labels")
     add("--validation", choices=("next", "none"), default="next",
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
@@ -546,7 +544,7 @@ def add_options(parser):
     add("--cache", default="cache", help="folder of the computed features")
 
     add = parser.add_argument_group("sizes").add_argument
-    add("--window", type=float, help="seconds, of npy-D frames; longer utterances have several")
+    add("--window", type=float, help="seconds of a window, frames of npy-D")
     add("--pool", type=at_least(1), help="neighbouring frames of npy-D that are averaged")
     add("--channels", type=int, default=8, help="channels of the first CNN cell")
     add("--cnn-cells", type=int, help="number of CNN cells; 0 searches a SeqNN only")
@@ -871,7 +869,7 @@ def notes_of(options, classes, bad):
         share = f"{100 * options.poison:g} % of the test utterances"
         notes.append(f"not speaker-independent: {share} were trained on")
     if bad:
-        notes.append(f"{len(bad)} recordings that cannot be used were skipped, see results.json")
+        notes.append(f"{len(bad)} unusable recordings were skipped, see results.json")
     return notes
 
 def percent(value):

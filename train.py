@@ -533,7 +533,7 @@ def add_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--root", help="folder of the corpus, or file of csv; None: data/DATASET")
     add("--frames", help="folder of npy-D's files; None: beside the recordings")
-    add("--classes", choices=("four", "all"), default="four", help="of the labels")
+    add("--classes", choices=("four", "all"), default="four", help="four of the labels, or all")
     add("--validation", choices=("next", "none"), default="next",
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")

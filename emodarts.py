@@ -421,7 +421,7 @@ class Network(nn.Module):
         return s0, s1
 
     def frames(self, x):
-        """The CNN half: (N, 1, F, T) -> its last two outputs, or two of x, as sequences (N, T', D)."""
+        """The CNN half: (N, 1, F, T) -> its last two outputs, as sequences (N, T', D)."""
         x = self.stem(x)  # (N, 3 channels, F, T), if there are CNN cells
         s0, s1 = self.through(self.cnn, x, x)
         s1 = self.bridge[-1](s1)

@@ -47,6 +47,7 @@ from features import CLASSES, CORPORA, Data, Fold, InputError, Settings, code_di
 from features import load, lock, poisoned, read_corpus, read_wav, with_frames
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 HERE = Path(__file__).parent
 SMALL = dict(channels=4, bands=24, cnn_cells=3, seq_cells=1, nodes=2, stem_stride=2)
 close = torch.testing.assert_close

@@ -308,6 +308,11 @@ class Frames(nn.Module):
         x = x.flatten(1, 2) if self.width else x.mean(dim=2)  # (N, C F, T) or (N, C, T)
         return self.project(x.transpose(1, 2))
 
+def check_sizes(least, **sizes):
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} is {size}, expected at least {least}")
+
 class Network(nn.Module):
     """Map -> CNN cells, if any -> SeqNN cells -> logits. Without `genotype` the supernet (each edge
     is a mixed operation, and there are alphas), with one the derived network (each edge is the
@@ -434,11 +439,6 @@ class Network(nn.Module):
         """The SeqNN half: (N, T, D), (N, T, D) -> logits (N, classes)."""
         _, s1 = self.through(self.seq, s0, s1)
         return self.head(s1.mean(dim=1))  # (N, T, D) -> (N, D) -> (N, classes)
-
-def check_sizes(least, **sizes):
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"{name} is {size}, expected at least {least}")
 
 def derive(net):
     """Supernet -> Genotype [D section 2.4], by softmax weights: a raw alpha says nothing about its

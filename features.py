@@ -623,10 +623,10 @@ def read_frames(path, settings):
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged header may provoke anything
-        raise InputError(f"{path}: {error!s:.99}; expected what np.save writes") from None
+        raise InputError(f"{path}: {error!s:.99}; expected all that np.save writes") from None
     found, d = f"{path}: holds {frames.dtype} of shape {frames.shape}", settings.shape[0]
     if frames.dtype.kind != "f" or frames.ndim != 2 or frames.shape[1] != d or not len(frames):
-        turned = "; is it (D, T)? Transpose it" if frames.shape[:1] == (d,) else ""
+        turned = "; is it (D, T)? Transpose it" if frames.T.shape[1:] == (d,) else ""
         raise InputError(f"{found}; expected floats of shape (frames, {d}){turned}")
     if not np.abs(frames).max() <= np.finfo(np.float16).max:  # or it is no number
         raise InputError(f"{found}, some beyond ±65504 or not finite; expected what float16 holds")

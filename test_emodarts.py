@@ -1037,6 +1037,7 @@ def test_frames_that_cannot_be_used_are_named_at_once_and_execute_nothing(tmp_pa
     for u, line in zip(listing.utterances[1:], said, strict=True):
         assert str(u.path.with_suffix(".npy")) in line
     assert "Transpose" in said[2] and "65504" in said[4] and "no such file" in said[-1]
+    assert sum("Transpose" in line for line in said) == 1
     with pytest.raises(InputError, match="no frames, .*nowhere/wav/03a00Ta.npy"):
         with_frames(listing, tmp_path / "nowhere")
 
@@ -1576,6 +1577,7 @@ def test_a_plan_has_each_model_and_seed_once():
     assert {run.model for run in plan} == {"emodarts", "random", "skip", "lstm", "lstm-att"}
 
 def test_frames_of_ones_own_from_the_command_to_a_prediction(cwd, capsys):
+    assert "frames" not in train.settings_of(train.parse(OWN))  # wherever they lie
     said(capsys, *OWN, *TWO_FOLDS, "whole-frames")
     with stopping("weight_step", 13):
         said(capsys, *OWN, *TWO_FOLDS, "stopped-frames", code=130)

@@ -320,7 +320,7 @@ class Network(nn.Module):
     be, and for a genotype that does not go with them or with `fixed`."""
     def __init__(
         self, *, classes=4, bands=128,  # number of emotions; F of the maps
-        channels=8,  # of the first CNN cell; each of the (at most two) reduction cells doubles them
+        channels=8,  # of a cell; each of the (at most two) reduction cells doubles them
         cnn_cells=4,  # reduction cells stand at 1/3 and 2/3; 0: the SeqNN reads the map's columns
         seq_cells=4,  # 0 gives the CNN-only search of 2023
         nodes=4,  # nodes a cell, of the supernet; a genotype brings its own
@@ -383,7 +383,8 @@ class Network(nn.Module):
                 start = 1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names))
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
         if not {*self.fixed} <= {*kinds}:
-            raise ValueError(f"cells {', '.join(self.fixed)}, of which this depth has fewer")
+            raise ValueError(f"found cells {', '.join(self.fixed)}, expected no other than this "
+                             f"depth has: {', '.join(dict.fromkeys(kinds))}")
         if genotype is not None and self.candidates:
             raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which "
                              f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")

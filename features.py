@@ -24,7 +24,7 @@ import tokenize
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +36,7 @@ import torchaudio
 from scipy.io import wavfile
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # on Windows
     fcntl = None
 
 CLASSES = ("angry", "happy", "neutral", "sad")
@@ -47,6 +47,7 @@ LOUDEST = 10  # float samples beyond are whole numbers; what clips in a studio i
 LEVELS = 40  # dB: no two microphones differ so, but 16 bits do that are read as 24 or 32
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of NFS
 WARNED = []  # the first file that could not be locked
+SOURCE = inspect.getsource(sys.modules[__name__])  # what runs, though the file may change meanwhile
 nfc = functools.partial(unicodedata.normalize, "NFC")  # a letter with its accent: one character
 
 class InputError(Exception):
@@ -106,12 +107,12 @@ def text_of(path):
         text = content.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
 
-def rows(path, *columns, **form):
-    """Rows of a table as dicts, and `line`, where each begins. `form`: arguments of csv.reader"""
+def rows(path, *columns, **how):
+    """Rows of a table as dicts, and `line`, where each begins. `how`: arguments of csv.reader"""
     text, table, line = text_of(path), [], 1
     header = next((line for line in text.split("\n") if columns[-1] in line.lower()), "")
     comma = max(",;\t", key=header.count)  # Excel's depends on the country
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, **form)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, **how)
     try:
         for row in reader:
             fields = [field.strip() for field in row]
@@ -300,10 +301,10 @@ class Listing:
     utterances: list  # of Utterance, sorted by path
 
     def name(self, utterance):
-        """Path relative to the root, where it is below it; the same in every locale."""
+        """Path relative to the root; the same in every locale."""
         path = utterance.path
-        if path.is_relative_to(self.root):
-            path = path.relative_to(self.root)
+        with suppress(ValueError):  # of another drive of Windows
+            path = Path(os.path.relpath(path, self.root))
         return nfc(os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape"))
 
     @functools.cached_property
@@ -459,13 +460,11 @@ class Fold:
     """Indices of utterances. No known speaker is on two sides; test sets may share speakers."""
     train: list
     validation: list
-    tests: dict  # name of a test set -> its indices
+    tests: dict  # name of a test set, "test" if there is one only -> its indices
 
     def sides(self):
-        """{name: indices}: train, validation, and test or, of several, each by its name."""
-        names = ["test"] if len(self.tests) == 1 else self.tests
-        tests = dict(zip(names, self.tests.values()))
-        return {"train": self.train, "validation": self.validation} | tests
+        """{name: indices}: train, validation and each test set."""
+        return {"train": self.train, "validation": self.validation} | self.tests
 
 def folds(listing, without=(), chosen=None, validate=True):
     """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`), all
@@ -485,20 +484,22 @@ def folds(listing, without=(), chosen=None, validate=True):
         wanted = f"train, {'validation, ' * validate}test"
         raise InputError(f"found part(s) {listed(parts)}; expected {wanted}")
     for k, (validation, tests) in enumerate(plan):
+        names = tests if len(tests) > 1 else ["test"]
         held_out = {validation, *tests} if validate else {*tests}
         sides = [members({*parts} - held_out)]
         sides += [members({name} & held_out) for name in (validation, *tests)]
         for n, side in enumerate(sides):
             size = min(authors.at_most or len(side), len(side))
             sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, size))
-        whole = Fold(sides[0], sides[1], dict(zip(tests, sides[2:])))
+        whole = Fold(sides[0], sides[1], dict(zip(names, sides[2:])))
         check_apart(k, listing, whole)
         sides = [[i for i in side if i not in without] for side in sides]
-        made.append(Fold(sides[0], sides[1], dict(zip(tests, sides[2:]))))
+        made.append(Fold(sides[0], sides[1], dict(zip(names, sides[2:]))))
         there = {listing.utterances[i].label for i in whole.train}
         trained = {listing.utterances[i].label for i in made[k].train}
         lacks = [f"{side} utterance" for side, left in made[k].sides().items() if not left]
-        lacks = [side for side in lacks if validate or side != "validation utterance"]
+        if not validate:
+            lacks.remove("validation utterance")
         for label in sorted({*(listing.classes if chosen else there)} - trained):
             lacks.append(f"train utterance of class {label}")
         if lacks and (chosen is None or k in chosen):
@@ -555,13 +556,13 @@ def chunks(content, at):
 
 def wav_parts(path):
     """-> `fmt ` and `data` of a wav file, whose size is believed only as far as it can be true."""
-    content, form = Path(path).read_bytes(), b""
+    content, fmt = Path(path).read_bytes(), b""
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         stub = "; a git-lfs stub? Run `git lfs pull`" if content[:7] == b"version" else ""
         stub = "; frames of one's own take --features npy-D" if content[1:6] == b"NUMPY" else stub
         raise InputError(f"{path}: not a wav file, which begins with RIFF and WAVE{stub}")
     for name, at, size in chunks(content, 12):
-        form = content[at : at + size] if name == b"fmt " else form
+        fmt = content[at : at + size] if name == b"fmt " else fmt
         if name == b"data":
             break
     else:
@@ -574,14 +575,14 @@ def wav_parts(path):
         size = left  # what wrote it could not go back, or broke off
     if size > left:
         raise InputError(f"{path}: truncated, {left} of {size} bytes are there; copy it again")
-    return form, content[at : at + size]
+    return fmt, content[at : at + size]
 
 def channels_of(path):
     """-> samples (n, channels), whole numbers scaled to -1..1, and their rate in Hz."""
-    form, data = wav_parts(path)
-    kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
+    fmt, data = wav_parts(path)
+    kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", fmt[:16].ljust(16, b"\0"))
     if kind == 0xFFFE:
-        kind = int.from_bytes(form[24:26], "little")  # of an extensible format
+        kind = int.from_bytes(fmt[24:26], "little")  # of an extensible format
     found = f"{path}: has {channels} channels of {bits} bits, {block} bytes a frame"
     sound = channels and block and channels * bits <= 8 * block and len(data) >= block
     if not sound or not 1000 <= rate <= 1_000_000:
@@ -651,8 +652,7 @@ def transform(settings):
     """-> a function of tensors, (window,) -> (F, frames)"""
     bands, mel = settings.shape[0], {"n_fft": FFT, "hop_length": HOP}
     if settings.features.startswith("mfcc"):
-        mel["n_mels"] = 128
-        return torchaudio.transforms.MFCC(RATE, bands, log_mels=False, melkwargs=mel)
+        return torchaudio.transforms.MFCC(RATE, bands, melkwargs=mel | {"n_mels": 128})
     power = torchaudio.transforms.MelSpectrogram(RATE, n_mels=bands, **mel)
     return torch.nn.Sequential(power, torchaudio.transforms.AmplitudeToDB(top_db=80))
 
@@ -677,8 +677,9 @@ def lock(path, wait=True):
     with open(path, "ab") as file:
         mine = True
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "Windows has no such locks")
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             mine = False
         except OSError as error:
@@ -743,7 +744,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     that cannot be used (`skip_bad`: Store.bad), or one that cannot be read now; nothing is kept."""
     paths = [u.path for u in listing.utterances]
     times = [path.stat().st_mtime if path.is_file() else None for path in paths]
-    code = [code_digest(inspect.getsource(sys.modules[__name__])), torchaudio.__version__]
+    code = [code_digest(SOURCE), torchaudio.__version__]
     key = json.dumps([*code, asdict(settings), listing.digest, times]).encode()
     folder = Path(cache, f"{listing.dataset}-{hashlib.sha256(key).hexdigest()[:12]}")
     index, values = folder / "index.json", folder / "features"

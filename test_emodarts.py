@@ -780,7 +780,7 @@ def test_msp_podcast_in_the_papers_protocol(tmp_path, monkeypatch):
     monkeypatch.setattr(features.random, "random", None)
     listing = read_corpus("msp-podcast", tmp_path, protocol="paper")
     whole = folds(listing)
-    assert [[*fold.tests] for fold in whole] == [[k] for k in "124567"]  # no Unknown, no 3
+    assert [sides[2] for sides in speakers(listing)] == [{k} for k in "124567"]  # no Unknown, no 3
     monkeypatch.setitem(CORPORA, "msp-podcast", replace(CORPORA["msp-podcast"], at_most=7))
     assert folds(listing) == folds(listing)
     for before, after in zip(whole, folds(listing)):
@@ -909,6 +909,12 @@ def test_the_digest_of_a_csv_is_that_of_its_content(tmp_path, monkeypatch):
         for path in (file, "a/mine.csv", "b/mine.csv", tmp_path / "link.csv"):
             assert read_corpus("csv", path).digest == digest
     assert read_corpus("csv", clips(tmp_path, "else/where")).digest == digest
+    digests = set()
+    for folder in ("in/c", "out/c"):  # recordings that do not lie below
+        other = clips(tmp_path, folder)
+        listed = tree(other.parent.parent, {"b/own.csv": re.sub("(?m)^(?=..?.wav)", "../c/", text)})
+        digests.add(read_corpus("csv", listed / "b/own.csv").digest)
+    assert len(digests) == 1
     told = {digest}
     for old, new in ((",x,a", ",y,a"), (",x,b", ",x,c"), (",x,", ",w,"), ("by.wav,y,b\n", "")):
         file.write_text(text.replace(old, new))
@@ -1084,6 +1090,7 @@ def test_features_are_computed_once_also_where_a_run_was_killed(tmp_path, monkey
     for _ in range(2):
         store = load(read_corpus("emodb", "."), SHORT)
         monkeypatch.setattr(features, "lock", None)  # where nothing can be written
+        monkeypatch.setattr(features, "__file__", test_locks.__code__.co_filename)  # it was edited
     assert reads.call_count == 45 and len(os.listdir(folder)) == 3
     assert store.features.shape == (43 + 34, 8, 16) and isinstance(store.features, np.memmap)
     assert store.length.sum() == pytest.approx(43 * 0.1 + 34)
@@ -1135,13 +1142,17 @@ def test_locks(tmp_path, monkeypatch, capsys):
     a, b = tmp_path / "a/lock", tmp_path / "b"
     with lock(a) as mine, lock(a, wait=False) as other:
         assert mine and not other
-    for number in (errno.ENOLCK, errno.EOPNOTSUPP):  # where there are none, one line says so
-        monkeypatch.setattr(features.fcntl, "flock", Mock(side_effect=OSError(number, "none")))
+    def flock(number):
+        raising = Mock(side_effect=OSError(number, "broken"))
+        return Mock(LOCK_EX=2, LOCK_NB=4, flock=raising)
+
+    for module in [*map(flock, features.NO_LOCKS), None]:  # where there are none, one line says so
+        monkeypatch.setattr(features, "fcntl", module)
         monkeypatch.setattr(features, "WARNED", [])
         with lock(a) as mine, lock(b, wait=False) as other:
             assert mine and other
         assert re.fullmatch(f"warning: {a} .*; run one only\n", capsys.readouterr().err)
-    monkeypatch.setattr(features.fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "broken")))
+    monkeypatch.setattr(features, "fcntl", flock(errno.EIO))
     with pytest.raises(OSError, match="broken"), lock(a):
         pass
 
@@ -1272,6 +1283,7 @@ def home(tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
     make_corpus(folder, "abcd", "mine.csv", random)
     make_corpus(folder, "ef", "other.csv", random)
+    tree(folder, {"empty": "{}"})
     with contextlib.chdir(folder):
         assert train.main([*TINY, *TWO_FOLDS, "one"]) == 0
         assert train.main([*TINY, *FAST, "seeds", "--seeds", "2"]) == 0
@@ -1590,6 +1602,9 @@ def test_frames_of_ones_own_from_the_command_to_a_prediction(cwd, capsys):
         clip = f"frames/{row['utterance']}"
         expected[clip] = pytest.approx([float(row[c]) for c in LABELS], abs=6e-4)
     assert heard(said(capsys, "--from", fold, "--predict", *expected)) == expected
+    said(capsys, *OWN, "--from", fold, "--root", corpus_of("a"))  # one speaker can be scored
+    (again,) = fold.glob("csv-*/predictions.csv")
+    assert again.read_bytes() == (fold / "predictions.csv").read_bytes()
     assert " windows of 6 frames" in said(capsys, *OWN, "--dry-run", *FAST[2:], "dry")
 
 def test_the_command_leaves_what_it_promises(cwd):
@@ -1715,7 +1730,9 @@ def test_a_folder_grows_and_nothing_is_computed_twice(cwd, monkeypatch, capsys):
     rows = cells_of(out, "| set ")
     assert rows == cells_of(Path("grown/table.md").read_text())
     seeds = {row["model"]: row["seeds"] for row in rows if "ensemble" not in row["model"]}
-    assert seeds == {"emodarts": "2", "random": "2"}
+    assert seeds == {"emodarts": "2", "random": "2"} and "over folds 0, 1 (" in out
+    assert "over folds 0 (" in said(capsys, "--seeds", "3", "--folds", "0", "--out", "grown")
+    assert len(read_json("grown/emodarts-seed0/results.json")["folds"]) == 2
 
 def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
     split, text = dict(a="Test1", b="Test2", c="Development", d="Train"), "FileName,EmoClass,"
@@ -1737,7 +1754,7 @@ def heard(out):  # what --predict prints -> {clip: [probabilities]}
     lines = [line.split() for line in out.splitlines() if re.search(r"\.(wav|npy) ", line)]
     return {line[0]: [float(p) for p in line[3::2]] for line in lines}
 
-def test_another_corpus_is_scored_as_by_hand(cwd, capsys):
+def test_another_corpus_is_scored_as_by_hand(cwd, monkeypatch, capsys):
     shutil.copytree("one", "scored")
     rows = cells_of(said(capsys, "--from", "scored", "--root", "other.csv"))
     for k in (0, 1):
@@ -1751,6 +1768,12 @@ def test_another_corpus_is_scored_as_by_hand(cwd, capsys):
         assert len(predicted) == 20 and rows[k]["UA"] == f"{100 * np.mean(recalls):.1f}"
         file.unlink()
     assert left("scored") == left("one")  # it leaves nothing else
+    shutil.copytree("seeds/cnn-seed1", "scored/cnn-seed1")  # which has fold 0 only
+    model, warned = Path("scored/cnn-seed1/fold0/model.pt"), []
+    model.write_bytes(model.read_bytes().replace(train.parse([]).code.encode(), b"0" * 16))
+    monkeypatch.setattr(train, "warn", warned.append)
+    said(capsys, "--from", "scored", "--root", "other.csv")
+    assert ["other code" in warned[0], "in no table" in warned[1]] == [True, True]
 
 def corpus_of(speaker, old="glad,", new="glad,"):
     lines = Path("mine.csv").read_text().splitlines()
@@ -1827,6 +1850,8 @@ def test_code_is_a_setting_and_comments_are_not(cwd, tmp_path, monkeypatch, caps
     for more, same in (("# why\n", True), ("x = 1\n", False)):
         tree(tmp_path, {f"{same}.py": text + more})
         monkeypatch.setattr(module, "__file__", str(tmp_path / f"{same}.py"))
+        if module is features:
+            monkeypatch.setattr(features, "SOURCE", text + more)
         assert (place() == before) == same
         said(capsys, *TWO_FOLDS, "one", code=0 if same else 2)
 
@@ -1912,6 +1937,11 @@ def test_two_processes_share_a_folder(cwd, tmp_path):
     assert [text.count(f"fold {k} found") for k in (0, 1)] == [1, 1] and "| pooled " in text
     assert left(tmp_path / "run/emodarts-seed0") == left(RUN)
 
+def test_a_fold_that_ends_between_the_first_look_and_the_lock_is_not_computed(tmp_path, monkeypatch):
+    looks = iter([None, "result", "result"])
+    monkeypatch.setattr(train, "result_of", lambda run, k: next(looks))
+    assert train.work([(train.parse(["--out", str(tmp_path)]), 0)], None)
+
 def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
@@ -1928,6 +1958,9 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
     (f"--model cnn --genotype one/{FOLD}/genotype.json", "--genotype"),
     ("--out one --channels 3", "channels"), ("--out stopped --channels 3", "channels"),
     ("--from cache", "cache"), ("--from seeds --predict a-sad0.wav", "seed"),
+    ("--pool 3", "no pool"), ("--threads 1000", "--threads"), ("--genotype empty", "no normal"),
+    ("--from one --dry-run", "--dry-run"), ("--channels 100000000000", "overflow"),
+    ("--model cnn --folds 0 --lr 1e30 --epochs 1 --batch 99 --out infinite", "not finite"),
 ])
 def test_bad_input_is_one_line_that_names_it(cwd, capsys, arguments, names):
     before = left("one")

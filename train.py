@@ -50,7 +50,7 @@ import features
 from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, derive, entropy
 from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
 from features import CORPORA, Data, InputError, Settings, code_digest, halves, listed, lock
-from features import poisoned, read_corpus, seed_of, shuffled_parts, with_frames, write
+from features import poisoned, read_corpus, seed_of, shuffled_parts, warn, with_frames, write
 
 # Optimizer and schedule --------------------------------------------------------------------------
 LABEL_SMOOTHING = 0.1
@@ -86,8 +86,7 @@ def learning_rate(epoch, epochs, last, options):
 def forward(net, x, options):
     """Maps -> logits, float32; with --amp in bfloat16 inside, where torch holds it for safe."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=options.amp):
-        logits = net(x)
-    return logits.float() if options.amp else logits
+        return net(x).float()
 
 def alpha_step(architect, alpha_batch, weight_batch, lr, options):
     """One step of the alphas. -> the loss, a float."""
@@ -109,7 +108,7 @@ def weight_step(loss, optimizer):
 def search(net, data, members, options, checkpoint):
     """Moves the alphas and the weights of a supernet in turn, on two halves of the training
     utterances `members` [bi-level problem, see emodarts.py]. -> Genotype"""
-    stage = options.seed, checkpoint.fold, "search"
+    here = options.seed, checkpoint.fold, "search"
     for_weights, for_alphas = halves(members, data.labels, options.seed, checkpoint.fold)
     weight = data.class_weights(members)  # rare classes count as much as others
     loss = partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
@@ -125,14 +124,14 @@ def search(net, data, members, options, checkpoint):
     for epoch in range(checkpoint.epoch, options.search_epochs):
         lr = learning_rate(epoch, options.search_epochs, SEARCH_LR_END, options)
         optimizer.param_groups[0]["lr"] = lr
-        weight_batches = data.batches(for_weights, options.batch, *stage, epoch, "weights")
-        alpha_batches = data.batches(for_alphas, options.batch, *stage, epoch, "alphas")
+        weight_batches = data.batches(for_weights, options.batch, *here, epoch, "weights")
+        alpha_batches = data.batches(for_alphas, options.batch, *here, epoch, "alphas")
         losses, alpha_losses = [], []
         net.train()
         # It ends with the shorter half; the longer one leaves out other windows in each epoch.
         for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, alpha_batches)):
-            checkpoint.step = step
-            torch.manual_seed(seed_of(*stage, epoch, step))
+            checkpoint.step = step  # an error names it
+            torch.manual_seed(seed_of(*here, epoch, step))
             x, target = data.read(weight_batch)
             x = augmented(x, options)
             # In the warm-up alphas wait: skips and pools would be ahead of untrained convolutions.
@@ -151,7 +150,7 @@ def search(net, data, members, options, checkpoint):
 def train(net, data, members, watched, options, checkpoint):
     """Trains a network from scratch. The last epoch counts. `watched`: name in the log ->
     utterances that are scored after each epoch, for the log alone."""
-    stage = options.seed, checkpoint.fold, "train"
+    here = options.seed, checkpoint.fold, "train"
     weight = data.class_weights(members)  # rare classes count as much as others
     loss = partial(F.cross_entropy, weight=weight, label_smoothing=LABEL_SMOOTHING)
     optimizer = optimizer_of(net.parameters(), options)
@@ -162,9 +161,9 @@ def train(net, data, members, watched, options, checkpoint):
         net.drop_path = recipe(options)["drop_path"] * epoch / options.epochs
         losses = []
         net.train()
-        for step, batch in enumerate(data.batches(members, options.batch, *stage, epoch)):
-            checkpoint.step = step
-            torch.manual_seed(seed_of(*stage, epoch, step))
+        for step, batch in enumerate(data.batches(members, options.batch, *here, epoch)):
+            checkpoint.step = step  # an error names it
+            torch.manual_seed(seed_of(*here, epoch, step))
             x, target = data.read(batch)
             logits = forward(net, augmented(x, options), options)
             losses.append(weight_step(loss(logits, target), optimizer))
@@ -227,6 +226,8 @@ def score(net, data, members, options, folder, file):
     """Scores test utterances, once. Leaves in `file` a row for each: what it was, what it was taken
     for, and probabilities. -> what result.json says of them"""
     logits = predict(net.eval(), data, members, options)
+    if not logits.isfinite().all():  # the last step was too long, of which no gradient tells
+        raise InputError(f"{folder}: its outputs are not finite; a smaller --lr may help")
     out = io.StringIO(newline="")
     rows = csv.writer(out)
     rows.writerow(["utterance", "label", "predicted", *data.classes])
@@ -272,9 +273,7 @@ def run_fold(options, k, data, split):
     # Everything is chosen: the test speakers are scored.
     tests = {}
     for name, members in split.tests.items():
-        file = f"predictions-{name}.csv"
-        if len(split.tests) == 1:
-            name, file = "test", "predictions.csv"
+        file = "predictions.csv" if name == "test" else f"predictions-{name}.csv"
         tests[name] = score(net, data, members, options, folder, file)
     about = about_fold(options, data, split, checkpoint)
     about |= {"tests": tests, "parameters": sum(p.numel() for p in net.parameters())}
@@ -386,7 +385,7 @@ def fixed_cells(options):
 def given_genotype(options):
     """Of --genotype; the random one of the seed, the same for all folds; or the control. None of a
     baseline, and where one is searched."""
-    if options.genotype:
+    if options.genotype is not None:
         return Genotype(**options.genotype)
     if options.model not in ("random", "skip"):
         return None
@@ -457,7 +456,7 @@ def models_for(options):
     return [model for model in MODELS if not (options.pool and model.startswith("cnn"))]
 
 # Options -----------------------------------------------------------------------------------------
-SCALES = {  # a scale is a set of defaults; it fixes sizes, never the hardware
+SCALES = {  # a scale is a set of defaults
     "paper": dict(features="log-mel-128", window=8.0, stem_stride=1, nodes=4, cnn_cells=4,
                   seq_cells=4, seq_width=0, relaxation="softmax",
                   search_epochs=50, warm_up=0, epochs=100),
@@ -525,7 +524,7 @@ def parse(argv):
     options = parser.parse_args(argv)
     options.dataset = options.dataset or (None if options.from_ else "smoke")
     mine = "".join(linecache.getlines(__file__, globals()))  # also from a zip
-    options.code = code_digest(*map(inspect.getsource, (emodarts, features)), mine)
+    options.code = code_digest(inspect.getsource(emodarts), features.SOURCE, mine)
     options.data = None  # the corpus' digest, once it is read
     return options
 
@@ -538,7 +537,7 @@ def add_options(parser):
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of tests trained on too")
+    add("--poison", type=at_least(0, float, 1), default=0.0, help="share of tests to train on")
     add("--normalise", choices=("train", "speaker"), default="train",
         help="by mean and deviation of the training speakers, or of each speaker")
     add("--cache", default="cache", help="folder of the computed features")
@@ -546,7 +545,7 @@ def add_options(parser):
     add = parser.add_argument_group("sizes").add_argument
     add("--window", type=float, help="seconds of a window, frames of npy-D")
     add("--pool", type=at_least(1), help="neighbouring frames of npy-D that are averaged")
-    add("--channels", type=int, default=8, help="channels of the first CNN cell")
+    add("--channels", type=int, default=8, help="of CNN cells before a reduction")
     add("--cnn-cells", type=int, help="number of CNN cells; 0 searches a SeqNN only")
     add("--seq-cells", type=int, help="number of SeqNN cells; 0 searches a CNN only")
     add("--nodes", type=int, help="nodes in each cell")
@@ -569,7 +568,7 @@ def add_method_options(parser):
         help="added to the alphas' loss for each million of expected weights")
     add("--epochs", type=at_least(1), help="epochs of the training")
     add("--batch", type=at_least(2), default=16, help="batch size of search and training")
-    add("--lr", type=at_least(0, float), help="first learning rate; None: the recipe's")
+    add("--lr", type=at_least(0, float), help="largest learning rate; None: the recipe's")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of results; None: runs/DATASET-SCALE-KEY, KEY of settings")
@@ -579,7 +578,7 @@ def add_method_options(parser):
         help="run all other models as well, and N random genotypes (10)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     add("--amp", action="store_true", help="mixed precision (bfloat16), which pays on a GPU")
-    add("--threads", type=at_least(1), help="CPU threads; None: torch's choice")
+    add("--threads", type=at_least(1, below=1000), help="CPU threads; None: torch's choice")
     add("--dry-run", action="store_true", help="say what would happen, and what it costs")
     add("--from", dest="from_", metavar="RUN", help="test its models on --dataset, or --predict")
     add("--predict", nargs="+", metavar="CLIP", help="files that --from's models recognise")
@@ -600,7 +599,7 @@ def check(options):
             net = network(options, 2, given_genotype(options))
             if searches(options):
                 Architect(net, None, order=options.order)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # as torch says it of sizes beyond all memory
         raise InputError(error) from None
 
 def settings_of(options, without=()):
@@ -638,6 +637,7 @@ def command(options):
     if options.predict or options.from_:
         return use(options)
     device = pick_device(options.device, options.amp)
+    map_settings(options)  # refuses what there cannot be
     listing = listing_of(options, options.pool)
     options.data = listing.digest
     runs = plan(options)
@@ -656,11 +656,10 @@ def command(options):
     jobs = list(itertools.product(runs, chosen))
     if not work(jobs, lambda run, k: run_fold(run, k, data, splits[k])):
         return say("other processes have the rest; the last one prints the table")
-    chosen = [k for k in range(count) if all(result_of(run, k) for run in runs)]  # earlier ones too
     with lock(corpus_folder(options) / "lock"):  # another process may end at the same moment
         for run in runs:
-            finish(run, chosen)
-        compare(options, chosen)
+            finish(run, [k for k in range(count) if result_of(run, k)])  # earlier ones too
+        compare(options, [k for k in range(count) if all(result_of(run, k) for run in runs)])
 
 def plan(options):
     """Options of the command's runs, one for each model and seed; searches take longest."""
@@ -686,8 +685,9 @@ def listing_of(options, pool):
     listing = read_corpus(options.dataset, options.root, options.classes, options.protocol)
     if options.frames and not pool:
         raise InputError(f"--frames is {options.frames}; expected none, but with npy-D")
-    if pool:
+    if pool and not options.from_:
         features.folds(listing, chosen=(), validate=False)  # no recording is on two sides
+    if pool:
         listing = with_frames(listing, options.frames)
     return listing
 
@@ -867,9 +867,9 @@ def notes_of(options, classes, bad):
         notes.append("the validation speakers train as well")
     if options.poison:
         share = f"{100 * options.poison:g} % of the test utterances"
-        notes.append(f"not speaker-independent: {share} were trained on")
+        notes.append(f"not speaker-independent: {share} were moved to the training")
     if bad:
-        notes.append(f"{len(bad)} unusable recordings were skipped, see results.json")
+        notes.append(f"{len(bad)} unusable recordings were skipped")
     return notes
 
 def percent(value):
@@ -979,8 +979,9 @@ def comparison(runs):
                 rows.append(row_of(name, [together], test, first_ensemble))
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
     cells = [[str(row.get(name, "")) for name in heads] for row in rows]
-    legend = ("mean ± standard deviation over folds (± over seeds); p: paired t-test of UA over "
-              "folds against the set's first row, of ensembles against their first")
+    folds = ", ".join(str(result["fold"]) for result in first[0])
+    legend = (f"mean ± standard deviation over folds {folds} (± over seeds); p: paired t-test of "
+              "UA over folds against the set's first row, of ensembles against their first")
     return rows, "\n".join([markdown(heads, cells), legend, *first[0][0]["notes"]])
 
 def row_of(name, seeds, test, first):
@@ -1094,11 +1095,11 @@ def agreement(genotypes, options):
                 edges.update((kind, i, *edge) for edge in node)
         sets.append(edges)
     common = np.mean([len(a & b) for a, b in itertools.combinations(sets, 2)])
-    for kind, i, _, _ in edges:
+    for kind, i, _, _ in sets[0]:
         operations = SEQ_SPACES[options.seq_space] if kind == "seq" else CNN_OPS
         # A random genotype keeps 2 of a node's i predecessors, and any operation but `none`.
         by_chance += 2 / i / (len(operations) - 1)
-    return (f"Two folds have {common:.1f} of {len(edges)} edges in common, two random genotypes "
+    return (f"Two folds have {common:.1f} of {len(sets[0])} edges in common, two random genotypes "
             f"{by_chance:.1f}.")
 
 def graph(kind, cell):
@@ -1225,13 +1226,16 @@ def read_model(file):
 def use(options):
     """--from RUN: recognises clips, or scores a corpus."""
     folder = Path(options.from_ or "")
-    files = [*folder.glob("model.pt")]
-    files += sorted(folder.glob("fold*/model.pt")) + sorted(folder.glob("*/fold*/model.pt"))
-    if folder.is_file():
-        files = [folder]
+    files = [folder] if folder.is_file() else []
+    for pattern in ("model.pt", "fold*/model.pt", "*/fold*/model.pt"):
+        files += sorted(folder.glob(pattern))
     if not options.from_ or not files:
         raise InputError(f"--from is {options.from_}, expected a folder with models")
+    if options.dry_run:
+        raise InputError("--dry-run does not go with --from")
     models = [read_model(file) for file in files]
+    if any(model.options.code != options.code for model in models):
+        warn("other code made these models: do features and networks still mean the same?")
     if options.predict:
         return recognise(models, options.predict)
     if options.dataset:
@@ -1294,6 +1298,8 @@ def score_corpus(models, options):
         about |= {"validation": [], "validation_ua": None, "folder": model.folder}
         results.append(model.about | about)
     runs = by_run(results, sorted({result["fold"] for result in results}))
+    if sum(map(len, runs.values())) < len(results):
+        warn("runs that lack folds which others have are in no table; name one by one")
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
     if len(runs) > 1:

@@ -648,7 +648,7 @@ def command(options):
     chosen = options.folds or list(range(count))
     if not set(chosen) <= set(range(count)):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {count - 1}")
-    finished_runs(options, chosen)  # refuses a folder of others before anything is computed
+    finished_runs(options, [])  # refuses a folder of others before anything is computed
     data = data_of(options, listing, listing.classes, device)
     splits = features.folds(listing, data.store.bad, chosen, validate)
     if options.dry_run:
@@ -850,6 +850,9 @@ def by_run(results, chosen):
     for run in sorted(runs, key=lambda run: ([*MODELS, run[0]].index(run[0]), run)):
         if set(chosen) <= set(runs[run]):
             whole[run] = [runs[run][k] for k in chosen]
+    lacking = sorted(f"{name}-seed{seed}" for name, seed in runs.keys() - whole.keys())
+    if lacking:
+        warn(f"in no table, for want of some of the folds {chosen}: {listed(lacking)}")
     return whole
 
 def say(text):
@@ -1298,8 +1301,6 @@ def score_corpus(models, options):
         about |= {"validation": [], "validation_ua": None, "folder": model.folder}
         results.append(model.about | about)
     runs = by_run(results, sorted({result["fold"] for result in results}))
-    if sum(map(len, runs.values())) < len(results):
-        warn("runs that lack folds which others have are in no table; name one by one")
     for (model, seed), results in runs.items():
         print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
     if len(runs) > 1:

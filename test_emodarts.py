@@ -1,12 +1,9 @@
 """Oracles: each test compares with something independent, and fails when the code is wrong."""
-import contextlib
 import copy
 import csv
 import errno
-import functools
 import inspect
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -21,10 +18,10 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
-from itertools import cycle, product
+from functools import cache, partial
+from itertools import count, cycle, product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -932,7 +929,7 @@ def test_one_recording_is_on_one_side_whatever_it_is_called(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "read_bytes", lambda path: reads(path))
     told = pytest.raises(InputError, match="one recording, .*(bx.wav|copy.wav), is in .* and in ")
     for _ in range(2):
-        with told if speaker == "c" else contextlib.nullcontext():
+        with told if speaker == "c" else nullcontext():
             folds(listing)
     assert len({*listing.prints}) == 1 and reads.call_count == 7  # each once, as all are alike
 
@@ -1248,12 +1245,12 @@ TINY = ("--dataset csv --root mine.csv --features log-mel-12 --window 0.25 --cha
         "--warm-up 1 --epochs 2 --threads 1 --device cpu").split()
 OWN = "--features npy-3 --frames frames --window 6 --pool 2 --cnn-cells 0".split()
 FAST = ["--model", "cnn", "--folds", "0", "--out"]  # a baseline: nothing is searched
-DIGEST = functools.cache(features.code_digest)  # takes a fifth of a second
+DIGEST = cache(features.code_digest)  # takes a fifth of a second
 RUN, FOLD = Path("one/emodarts-seed0"), "emodarts-seed0/fold0"
 
 def make_corpus(folder, speakers, file, random):
     text = "path,label,speaker"
-    for s, k, n in itertools.product(speakers, range(3), range(4)):
+    for s, k, n in product(speakers, range(3), range(4)):
         if k == 2 or n < 3:
             t = np.arange(2400 + 800 * n) / 16000  # 0.15 to 0.3 s
             sound = np.sin((2000 + 2500 * k + 100 * ord(s)) * t)
@@ -1264,13 +1261,13 @@ def make_corpus(folder, speakers, file, random):
             text += f"\n{s}-{LABELS[k]}{n}.wav,{LABELS[k]},{s}"
     (folder / file).write_text(text)
 
-CTRL_C = functools.partial(signal.raise_signal, signal.SIGINT)
+CTRL_C = partial(signal.raise_signal, signal.SIGINT)
 
-@contextlib.contextmanager
+@contextmanager
 def stopping(name, n, how=CTRL_C):
     """Inside, every epoch is saved, and the n-th call of a function does something else."""
     owner = {"fsync": os, "clip_grad_norm_": torch.nn.utils}.get(name, train)
-    real, calls = getattr(owner, name), itertools.count(1)
+    real, calls = getattr(owner, name), count(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SAVE_EVERY", 0)
         patch.setattr(owner, name, lambda *args, **more: (
@@ -1284,7 +1281,7 @@ def home(tmp_path_factory):
     make_corpus(folder, "abcd", "mine.csv", random)
     make_corpus(folder, "ef", "other.csv", random)
     tree(folder, {"empty": "{}"})
-    with contextlib.chdir(folder):
+    with chdir(folder):
         assert train.main([*TINY, *TWO_FOLDS, "one"]) == 0
         assert train.main([*TINY, *FAST, "seeds", "--seeds", "2"]) == 0
         with stopping("weight_step", 13):
@@ -1406,13 +1403,13 @@ def test_class_weights_by_hand(cwd, tmp_path):
     expected = torch.tensor([9 / 3 / 2, 9 / 3 / 1, 9 / 3 / 6])  # by windows
     close(data.class_weights(members), expected)
 
-ADAMW = functools.partial(torch.optim.AdamW, weight_decay=0.05, fused=True)
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.05, fused=True)
 
 @pytest.mark.parametrize("scale, recipe, drop_path, dropout, optimizer", [
     ("paper", "authors", 0.2, 0.3,
-     functools.partial(torch.optim.SGD, lr=0.025, momentum=0.9, weight_decay=3e-4)),
-    ("paper", "ours", 0, 0, functools.partial(ADAMW, lr=0.001)),
-    ("small", "ours", 0, 0, functools.partial(ADAMW, lr=0.003)),
+     partial(torch.optim.SGD, lr=0.025, momentum=0.9, weight_decay=3e-4)),
+    ("paper", "ours", 0, 0, partial(ADAMW, lr=0.001)),
+    ("small", "ours", 0, 0, partial(ADAMW, lr=0.003)),
 ])
 def test_training_is_the_plain_loop(cwd, tmp_path, scale, recipe, drop_path, dropout, optimizer):
     more = "--scale", scale, "--recipe", recipe
@@ -1451,7 +1448,7 @@ def test_a_search_is_the_plain_loop(cwd, tmp_path, relaxation, order):
     net, plain, options, data, fold, checkpoint = searched(tmp_path, *more)
     for_weights, for_alphas = features.halves(fold.train, data.labels, 0, 0)
     weight = data.class_weights(fold.train)
-    loss = functools.partial(F.cross_entropy, weight=weight, label_smoothing=0.1)
+    loss = partial(F.cross_entropy, weight=weight, label_smoothing=0.1)
     optimizer = ADAMW(plain.weights())
     adam = torch.optim.Adam(plain.alphas(), 0.05, (0.5, 0.999), weight_decay=1e-3)
     architect = Architect(plain, loss, order=2, lr=0.05) if order == 2 else None
@@ -1582,8 +1579,8 @@ def test_baselines_keep_the_time_axis_and_do_not_mix_utterances(name):
 def test_a_plan_has_each_model_and_seed_once():
     models = ["emodarts", "skip", *train.BASELINES]
     for argv, random in (("--seeds 2 --compare 3", 3), ("--model random --seeds 2 --compare 1", 2)):
-        plan, expected = train.plan(train.parse(argv.split())), [*itertools.product(models, (0, 1))]
-        expected += itertools.product(["random"], range(random))
+        plan, expected = train.plan(train.parse(argv.split())), [*product(models, (0, 1))]
+        expected += product(["random"], range(random))
         assert sorted((run.model, run.seed) for run in plan) == sorted(expected)
     plan = train.plan(train.parse([*OWN, "--compare"]))
     assert {run.model for run in plan} == {"emodarts", "random", "skip", "lstm", "lstm-att"}
@@ -1614,7 +1611,7 @@ def test_the_command_leaves_what_it_promises(cwd):
             assert row["utterance"].startswith(f"{speaker}-{row['label']}")
             assert row["predicted"] == max(LABELS, key=lambda name: float(row[name]))
             counts[row["label"], row["predicted"]] += 1
-        matrix = np.reshape([counts[pair] for pair in itertools.product(LABELS, LABELS)], (3, 3))
+        matrix = np.reshape([counts[pair] for pair in product(LABELS, LABELS)], (3, 3))
         assert matrix.sum() == 10 and test["confusion"] == matrix.tolist()
         assert (test["speakers"], fold["validation"]) == ([speaker], [validation])
         assert test["UA"] == pytest.approx(np.mean(matrix.diagonal() / [3, 3, 4]))
@@ -1726,7 +1723,7 @@ def test_a_folder_grows_and_nothing_is_computed_twice(cwd, monkeypatch, capsys):
         assert before.items() < files().items()
         before = files()
     new = ("random", 0), ("random", 1), ("emodarts", 1)
-    assert computed == [(*run, k) for run, k in itertools.product(new, (0, 1))]
+    assert computed == [(*run, k) for run, k in product(new, (0, 1))]
     rows = cells_of(out, "| set ")
     assert rows == cells_of(Path("grown/table.md").read_text())
     seeds = {row["model"]: row["seeds"] for row in rows if "ensemble" not in row["model"]}
@@ -1874,8 +1871,8 @@ def child(cwd, log, argv, *kill):
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    die = functools.partial(signal.raise_signal, signal.SIGKILL)
-    with stopping(*kill, die) if kill else contextlib.nullcontext():
+    die = partial(signal.raise_signal, signal.SIGKILL)
+    with stopping(*kill, die) if kill else nullcontext():
         sys.exit(train.main([*TINY, *argv]))
 
 def exit_codes(*calls):
@@ -1907,7 +1904,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(cwd, tmp_
 @pytest.mark.parametrize("name, n, how, code, says", [
     ("weight_step", 5, CTRL_C, 130, "goes on"),
     ("fsync", 3, Mock(side_effect=OSError("No space")), 2, "No space"),
-    ("weight_step", 5, functools.partial(torch.empty, 2**50), 2, "--batch"),
+    ("weight_step", 5, partial(torch.empty, 2**50), 2, "--batch"),
     ("clip_grad_norm_", 5, lambda: math.nan, 2, "fold 0, search, epoch 2.*--lr"),
 ])
 def test_what_stops_a_run_loses_no_epoch(cwd, tmp_path, capsys, name, n, how, code, says):
@@ -1937,7 +1934,7 @@ def test_two_processes_share_a_folder(cwd, tmp_path):
     assert [text.count(f"fold {k} found") for k in (0, 1)] == [1, 1] and "| pooled " in text
     assert left(tmp_path / "run/emodarts-seed0") == left(RUN)
 
-def test_a_fold_that_ends_between_the_first_look_and_the_lock_is_not_computed(tmp_path, monkeypatch):
+def test_a_fold_that_ended_before_its_lock_was_free_is_not_computed(tmp_path, monkeypatch):
     looks = iter([None, "result", "result"])
     monkeypatch.setattr(train, "result_of", lambda run, k: next(looks))
     assert train.work([(train.parse(["--out", str(tmp_path)]), 0)], None)

@@ -1330,8 +1330,8 @@ def cells_of(text, head="|"):
     head, _, *rows = [re.split(r" *\| *", line.strip("| ")) for line in lines]
     return [dict(zip(head, row)) for row in rows]
 
-def fold0(folder, *more, stage="search", nan=()):
-    """-> options, data (without the features of some), fold 0, a checkpoint at a stage's begin"""
+def fold0(folder, *more, stage="search", loud=()):
+    """-> options, data (with other features of some), fold 0, a checkpoint at a stage's begin"""
     options = train.parse([*TINY, *more, "--out", str(folder)])
     train.folder_of(options, 0).mkdir(parents=True)
     checkpoint = train.Checkpoint(options, 0)
@@ -1339,8 +1339,8 @@ def fold0(folder, *more, stage="search", nan=()):
     data, (fold, *_) = train.data_of(options, listing, listing.classes, "cpu"), folds(listing)
     data.standardise_by(fold.train)
     checkpoint.stage = stage
-    for i in nan:
-        data.store.features[data.store.windows_of([i])[0]] = np.nan
+    for i in loud:
+        data.store.features[data.store.windows_of([i])[0]] = 1e4
     return options, data, fold, checkpoint
 
 def searched(folder, *more):
@@ -1509,8 +1509,8 @@ def test_the_size_penalty_makes_operations_small(cwd, tmp_path, penalty, small):
     assert (expected_parameters(net) < 0.8 * expected_parameters(before)) == small
 
 def model_without(others, folder, *more):
-    """Others have NaN as features, and another label. -> the model of fold 0; what was seen"""
-    options, data, fold, _ = fold0(folder, *more, nan=others)
+    """Others have other features and labels. -> the model of fold 0; what was seen"""
+    options, data, fold, _ = fold0(folder, *more, loud=others)
     data.labels[others] = 0
     train.run_fold(options, 0, data, fold)
     model = torch.load(folder / FOLD / "model.pt")
@@ -1524,8 +1524,7 @@ def test_validation_and_test_speakers_touch_nothing(cwd, tmp_path, more):
     assert model_without([*range(10)], tmp_path / "test", *more) == (clean, seen)  # all of a
     model, theirs = model_without([*range(10, 20)], tmp_path / "validation", *more)
     assert model == clean and all(a != b for a, b in zip(theirs, seen))  # this is seen on the way
-    with pytest.raises(InputError):  # the oracle sees something: a training utterance matters
-        model_without([20], tmp_path / "train", *more)
+    assert model_without([20], tmp_path / "train", *more)[0] != clean  # a training utterance counts
 
 def test_the_authors_best_epoch_on_the_test_speakers_chooses_nothing(cwd, monkeypatch, capsys):
     trained, real, both = [], train.train, []

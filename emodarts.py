@@ -383,8 +383,7 @@ class Network(nn.Module):
                 start = 1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names))
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
         if not {*self.fixed} <= {*kinds}:
-            raise ValueError(f"found cells {', '.join(self.fixed)}, expected no other than this "
-                             f"depth has: {', '.join(dict.fromkeys(kinds))}")
+            raise ValueError(f"cells {', '.join(self.fixed)} at a depth of {', '.join(kinds)}")
         if genotype is not None and self.candidates:
             raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which "
                              f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")

@@ -101,8 +101,8 @@ CNN_OPS = {
     "dil_conv_5x5": partial(dil_conv, kernel=5),
 }
 
-# SeqNN operations: (N, T, D) -> (N, T, D). The recurrence runs over time, never over the batch. All
-# end in a layer norm and start with weights that keep a signal's size at any depth: otherwise
+# SeqNN operations: (N, T, D) -> (N, T, D). The recurrence runs over time, never over the batch. It
+# starts with weights that keep a signal's size at any depth and ends in a layer norm: otherwise
 # lstm_4 begins at a hundredth of what a skip adds, and alpha measures how loud an operation is.
 
 class Recurrent(nn.Module):
@@ -154,7 +154,7 @@ SEQ_OPS = {
 }
 
 # The paper's restricted spaces: one family of operations each, plus `none` and `skip_connect`.
-SEQ_SPACES = {"all": tuple(SEQ_OPS)}
+SEQ_SPACES = {"all": SEQ_OPS}
 for _family in ("lstm", "rnn", "lstm_att", "rnn_att"):
     SEQ_SPACES[_family] = ("none", "skip_connect", *(op for op in SEQ_OPS if op[:-2] == _family))
 RELAXATIONS = ("softmax", "sample")
@@ -162,8 +162,8 @@ RELAXATIONS = ("softmax", "sample")
 class MixedOp(nn.Module):
     """An edge that is not yet decided: every candidate operation, weighted by the softmax of its
     alpha, o_bar(x) = sum_o softmax(alpha)_o * o(x) [D eq. 2]. `ops`: name -> module. `choice`:
-    {operation: weight} of those to compute, all: `dict(zip(mixed.ops, alpha.softmax(-1)))`; an edge
-    that is decided has one operation and needs none. ValueError where shapes differ."""
+    {operation: its weight, a tensor ()} of those to compute; all are `dict(zip(mixed.ops,
+    alpha.softmax(-1)))`. A decided edge has one and needs none. ValueError where shapes differ."""
     def __init__(self, ops):
         super().__init__()
         self.ops = nn.ModuleDict(ops)
@@ -192,7 +192,7 @@ class Cell(nn.Module):
     is the concatenation of the nodes on the axis `concat`. `wiring`: for each node the list of its
     edges (j, names of the candidate operations), many before the search has decided, one after.
     `make(name, j)` builds an operation for an edge from state j, `before` are modules that the
-    inputs pass first. A supernet's weights fit a derived cell, but for the norms' scales."""
+    inputs pass first. A derived cell's state is part of a supernet's, but for norms' scales."""
     def __init__(self, kind, wiring, make, before=(), concat=1):
         super().__init__()
         self.kind, self.wiring, self.concat = kind, wiring, concat
@@ -225,8 +225,8 @@ class Cell(nn.Module):
         return torch.cat(states[2:], dim=self.concat)
 
 class CNNCell(Cell):
-    """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T), of a reduction cell, whose inputs'
-    edges have stride 2, (..., ceil(F / 2), ceil(T / 2)). `halve_s0`: the cell before was one."""
+    """(N, c0, F0, T0), (N, c1, F, T) -> (N, nodes * c, F, T); of a reduction cell, with stride 2
+    from the inputs, (..., ceil(F / 2), ceil(T / 2)). `halve_s0`: s0 is twice as large as s1."""
     def __init__(self, kind, wiring, c0, c1, c, halve_s0, affine):
         def make(name, j):
             stride = 2 if kind == "reduce" and j < 2 else 1
@@ -236,7 +236,7 @@ class CNNCell(Cell):
         super().__init__(kind, wiring, make, before)
 
 class SeqCell(Cell):
-    """(N, T, D), (N, T, D) -> (N, T, D). Average pooling brings the nodes * D features to D."""
+    """(N, T, D), (N, T, D) -> (N, T, D). Of nodes * D features `nodes` neighbours are averaged."""
     def __init__(self, wiring, width, affine):
         super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine), concat=2)
         self.width = width
@@ -337,9 +337,9 @@ class Network(nn.Module):
         check_sizes(0, cnn_cells=cnn_cells, seq_cells=seq_cells)
         if cnn_cells == 0 and not (seq_cells and seq_width):
             raise ValueError("cnn_cells is 0, which needs seq_cells and a seq_width")
-        self.relaxation, self.nodes = relaxation, nodes
+        self.relaxation, self.nodes, self.bands = relaxation, nodes, bands
         self.dropout = nn.Dropout(dropout)
-        self.drop_path = 0.0  # the share of edges that are dropped in training
+        self.drop_path = 0.0  # `p_drop` of `Cell.forward`; who trains may change it
         kinds = ["normal"] * cnn_cells + ["seq"] * seq_cells
         if cnn_cells:
             kinds[cnn_cells // 3] = kinds[2 * cnn_cells // 3] = "reduce"
@@ -368,25 +368,25 @@ class Network(nn.Module):
         for value, known in ((seq_space, SEQ_SPACES), (self.relaxation, RELAXATIONS)):
             if value not in known:
                 raise ValueError(f"found {value!r}, expected one of {', '.join(known)}")
-        self.fixed = fixed.cells() | (genotype.cells() if genotype else {})  # kind -> cell
-        if not fixed.cells().items() <= self.fixed.items():
+        self.decided = fixed.cells() | (genotype.cells() if genotype else {})  # kind -> cell
+        if not fixed.cells().items() <= self.decided.items():
             raise ValueError("the genotype has another cell than the one that is fixed")
         self.candidates = {}  # kind -> names of the operations to choose from
         self.alpha = nn.ParameterDict()  # kind -> (edges, operations), one for all cells of a kind
         wiring = {}
         for kind in ("normal", "reduce", "seq"):
-            if kind in self.fixed:
-                wiring[kind] = [[(j, [op]) for op, j in node] for node in self.fixed[kind]]
+            if kind in self.decided:
+                wiring[kind] = [[(j, [op]) for op, j in node] for node in self.decided[kind]]
             elif kind in kinds:
-                names = SEQ_SPACES[seq_space] if kind == "seq" else tuple(CNN_OPS)
+                names = tuple(SEQ_SPACES[seq_space] if kind == "seq" else CNN_OPS)
                 wiring[kind] = [[(j, names) for j in range(i)] for i in range(2, self.nodes + 2)]
                 start = 1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names))
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
-        if not {*self.fixed} <= {*kinds}:
-            raise ValueError(f"cells {', '.join(self.fixed)} at a depth of {', '.join(kinds)}")
+        if not {*self.decided} <= {*kinds}:
+            raise ValueError(f"cells {', '.join(self.decided)}; this depth has {', '.join(kinds)}")
         if genotype is not None and self.candidates:
             raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which "
-                             f"this depth needs; it has: {', '.join(self.fixed) or 'none'}")
+                             f"this depth needs; it has: {', '.join(self.decided) or 'none'}")
         return wiring
 
     def weights(self):
@@ -398,14 +398,16 @@ class Network(nn.Module):
         return list(self.alpha.values())
 
     def forward(self, x):  # (N, 1, F, T) -> logits (N, classes)
+        if x.dim() != 4 or x.shape[1:3] != (1, self.bands):
+            raise ValueError(f"found {tuple(x.shape)}, expected maps (N, 1, {self.bands}, T)")
         return self.classify(*self.frames(x))
 
     def relaxed(self, kind):
         """-> for each edge the choice, made continuous, {operation: weight}; None if decided.
         softmax  each operation with its softmax(alpha) [D eq. 2], but `none`, which adds nothing
         sample   in training: one operation is drawn from the softmax and computed alone [G eq. 3,
-                 straight-through Gumbel]: k = argmax p of p = softmax(alpha + g), with u uniform
-                 and g = -log(-log u). Its weight is 1 going forward and p_k on the way back"""
+                 straight-through Gumbel]: k = argmax p of p = softmax(alpha + g), where g is -log
+                 of exponential noise. Its weight has the value 1 and the gradient of p_k"""
         if kind not in self.alpha:
             return None
         alpha, names = self.alpha[kind], self.candidates[kind]
@@ -418,7 +420,7 @@ class Network(nn.Module):
         return [{names[k]: 1 - row[k].detach() + row[k]} for row, k in drawn]
 
     def through(self, cells, s0, s1):
-        """The outputs of the last two cells before these -> of the last two of these."""
+        """Runs the cells on the outputs of the two before. -> the outputs of their last two"""
         kinds = dict.fromkeys(cell.kind for cell in cells)  # all cells of a kind choose alike
         choices = {kind: self.relaxed(kind) for kind in kinds}
         for cell in cells:
@@ -448,16 +450,16 @@ def derive(net):
     return strongest(net, {kind: alpha.softmax(dim=-1) for kind, alpha in net.alpha.items()})
 
 def random_genotype(net):
-    """The strongest of random weights, uniform over a supernet's space: what to beat."""
+    """The strongest of random scores, uniform over a supernet's space: what to beat."""
     return strongest(net, {k: torch.rand(a.shape, device="cpu") for k, a in net.alpha.items()})
 
-def strongest(net, weights):
-    """The strength of an edge is its largest weight over the operations other than `none`; each
+def strongest(net, scores):
+    """The strength of an edge is its largest score over the operations other than `none`; each
     node keeps its two strongest edges, each with its strongest operation. -> Genotype"""
-    cells = dict(net.fixed)
+    cells = dict(net.decided)
     for kind, names in net.candidates.items():
         kept = [k for k, name in enumerate(names) if name != "none"]
-        strength, operation = weights[kind].detach().cpu()[:, kept].max(dim=-1)
+        strength, operation = scores[kind].detach().cpu()[:, kept].max(dim=-1)
         nodes, row = [], 0
         for i in range(2, net.nodes + 2):  # node i: rows of its edges from 0 to i - 1
             pair = strength[row : row + i].topk(2).indices.sort().values.tolist()
@@ -489,11 +491,13 @@ class Architect:
     approximated by one step of plain gradient descent, w' = w - xi * dL_train/dw [D eq. 6-8]:
         dL_val(w')/dalpha - xi * (dL_train(w+)/dalpha - dL_train(w-)/dalpha) / (2 eps)
         w+- = w +- eps * dL_val/dw',     eps = 0.01 / ||dL_val/dw'||
+    The quotient stands for d2L_train/(dalpha dw) . dL_val/dw', and does on smooth networks; ReLU
+    and max pooling have kinks, and its error there is several times that term.
     order=1 sets xi = 0: one pass over the validation batch, no copy and no gradient of the weights;
-    order=2 takes four passes, one copy of the weights and one gradient. `loss(logits, target)` ->
-    scalar; it may add a function of the alphas, such as `expected_parameters`. Weights and BN
-    buffers are bit for bit the same after a step. What does not require a gradient is a constant.
-    A torch.autocast block goes around the whole of `step`."""
+    order=2 takes four passes, a copy of the weights and one of their gradient. `loss(logits,
+    target)` -> scalar; it may add a function of the alphas, such as `expected_parameters`. Weights
+    and BN buffers are bit for bit the same after a step. What does not require a gradient is a
+    constant. A torch.autocast block goes around the whole of `step`."""
     def __init__(
         self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
     ):
@@ -554,7 +558,7 @@ class Architect:
         return loss, [d - xi * (p - m) / (2 * eps) for d, p, m in zip(d_alpha, plus, minus)]
 
     def gradient(self, batch, parameters, masks=None):
-        """-> a loss and its gradients, 0 for what a drawn `none` cuts off. `masks`: a seed."""
+        """-> a loss and its gradients, 0 for what a drawn `none` cuts off. `masks`: their seed."""
         x, target = batch
         with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=masks is not None):
             if masks is not None:

@@ -325,8 +325,8 @@ class Listing:
         """Of files whose prints agree, as those of padded clips may, a digest of all the bytes."""
         found, alike = list(self.prints), Counter(self.prints)
         for i, path in enumerate(u.path for u in self.utterances):
-            if found[i][0] == 0:
-                found[i] = path  # nothing to be compared
+            if found[i][0] <= 128:
+                found[i] = path  # a header at most, nothing to be compared
             elif alike[found[i]] > 1:
                 with naming(path):
                     found[i] = hashlib.sha256(path.read_bytes()).digest()
@@ -481,7 +481,7 @@ def folds(listing, without=(), chosen=None, validate=True):
     elif authors.paper:
         plan = [(after, tests) for after, tests in plan if tests[0] in authors.paper]
     if len(parts) < 2 + validate or not plan or not plan[0][1]:
-        wanted = f"train, {'validation, ' * validate}test"
+        wanted = f"train, {'validation (or --validation none), ' * validate}test"
         raise InputError(f"found part(s) {listed(parts)}; expected {wanted}")
     for k, (validation, tests) in enumerate(plan):
         names = tests if len(tests) > 1 else ["test"]
@@ -503,7 +503,8 @@ def folds(listing, without=(), chosen=None, validate=True):
         for label in sorted({*(listing.classes if chosen else there)} - trained):
             lacks.append(f"train utterance of class {label}")
         if lacks and (chosen is None or k in chosen):
-            raise InputError(f"fold {k} has no {lacks[0]} that can be used; see --folds")
+            several = "; see --folds" * (len(plan) > 1)
+            raise InputError(f"fold {k} has no {lacks[0]} that can be used{several}")
     return made
 
 def check_apart(k, listing, fold):

@@ -357,6 +357,7 @@ def test_genotypes_that_cannot_be_are_refused(says, cells):
     ("fixed", lambda: Network(genotype=Genotype(*[SKIPS] * 3), fixed=Genotype(seq=SKIPS[:1]))),
     ("softmax", lambda: Architect(Network(**TINY_NET, relaxation="sample"), None, order=2)),
     ("`train`", lambda: Architect(Network(**TINY_NET), None, order=2).step(batch(4))),
+    (r"(2, 1, 32, 24).*\(N, 1, 24, T\)", lambda: Network(**TINY_NET)(batch(2, 32, 24)[0])),
 ])
 def test_what_cannot_be_is_refused(says, make):
     with pytest.raises(ValueError, match=says):
@@ -585,6 +586,8 @@ def test_a_callers_autocast_changes_no_bit_of_the_second_order():
     ([[("own", 0), ("max_pool_3x3", 1)]], "reduce cell.*own.*12, 16.*max_pool_3x3.*6, 8"),
 ])
 def test_operations_of_ones_own_that_differ_in_shape_are_named(reduce, says, monkeypatch):
+    monkeypatch.setitem(SEQ_OPS, "own", lambda width, affine: nn.Identity())
+    assert "own" in Network(**SMALL).candidates["seq"]
     monkeypatch.setitem(CNN_OPS, "own", lambda c, stride, affine: nn.Identity())  # no stride
     with pytest.raises(ValueError, match=says):
         Network(**SMALL, fixed=Genotype(reduce=reduce))(batch(2)[0])
@@ -1046,7 +1049,8 @@ def test_frames_that_cannot_be_used_are_named_at_once_and_execute_nothing(tmp_pa
 
 def test_all_bad_files_are_named_at_once(tmp_path):
     good = riff(np.ones(1600) / 9)
-    bad = {"07a00Wa": b"version https://git-lfs", "07a01Wa": good[:1000], "07a02Wa": b""}
+    bad = {"05a99Wa": riff(b""), "07a00Wa": b"version https://git-lfs", "07a01Wa": good[:1000]}
+    bad["07a02Wa"] = riff(b"")  # once more
     emodb(tmp_path, 12, bad)
     (tmp_path / "wav/07a98Ta.wav").symlink_to("nowhere")
     os.mkfifo(tmp_path / "wav/07a99Ta.wav")  # which is not waited for
@@ -1055,11 +1059,11 @@ def test_all_bad_files_are_named_at_once(tmp_path):
         with pytest.raises(InputError) as error:
             load(listing, SHORT, tmp_path / "c")
     first, *said = str(error.value).split("\n")
-    assert first.startswith("5 of 17 recordings") and "git-lfs" in said[0]
-    names = [re.search(r"07a\d\d.a", line)[0] for line in said]
+    assert first.startswith("6 of 18 recordings") and "git-lfs" in said[1]
+    names = [re.search(r"0[57]a\d\d.a", line)[0] for line in said]
     assert names == [*bad, "07a98Ta", "07a99Ta"]
     store = load(listing, SHORT, tmp_path / "c", skip_bad=True)
-    assert store.bad == dict(zip(range(12, 17), map(str.strip, said)))
+    assert store.bad == dict(zip(range(12, 18), map(str.strip, said)))
     assert store.features.shape == (28, 8, 16) and np.isfinite(store.features).all()
     made = folds(listing, store.bad, chosen=[0, 1])
     assert [len(fold.sides()["test"]) for fold in made] == [4, 4, 4, 0] and max(made[0].train) < 12
@@ -1551,6 +1555,12 @@ def test_the_control_has_no_operations():
     cut = train.given_genotype(train.parse(["--model", "skip", "--search", "cnn"]))
     assert (cut.normal[1][1], cut.seq[0][0]) == (("skip_connect", 1), ("lstm_1", 0))
 
+@pytest.mark.parametrize("sizes, searched", [
+    ("cnn --seq-cells 0", ["normal", "reduce"]), ("seq --cnn-cells 0", ["seq"]),
+    ("seq --cnn-cells 2", ["seq"])])
+def test_an_ablation_fixes_cells_that_the_depth_has(sizes, searched):
+    assert [*train.network(train.parse(["--search", *sizes.split()]), 4).alpha] == searched
+
 def test_every_place_has_a_seed_of_its_own(cwd, tmp_path, monkeypatch):
     """No random number is drawn twice: seed, fold, stage, epoch and step all count."""
     places, real = [], features.seed_of
@@ -1727,7 +1737,9 @@ def test_a_folder_grows_and_nothing_is_computed_twice(cwd, monkeypatch, capsys):
     assert rows == cells_of(Path("grown/table.md").read_text())
     seeds = {row["model"]: row["seeds"] for row in rows if "ensemble" not in row["model"]}
     assert seeds == {"emodarts": "2", "random": "2"} and "over folds 0, 1 (" in out
+    monkeypatch.setattr(train, "warn", warned := Mock())
     assert "over folds 0 (" in said(capsys, "--seeds", "3", "--folds", "0", "--out", "grown")
+    assert "folds [1] are in no table" in str(warned.call_args)
     assert len(read_json("grown/emodarts-seed0/results.json")["folds"]) == 2
 
 def test_several_test_sets_are_scored_by_one_training(cwd, tmp_path, capsys):
@@ -1766,9 +1778,11 @@ def test_another_corpus_is_scored_as_by_hand(cwd, monkeypatch, capsys):
     assert left("scored") == left("one")  # it leaves nothing else
     shutil.copytree("seeds/cnn-seed1", "scored/cnn-seed1")  # which has fold 0 only
     model, warned = Path("scored/cnn-seed1/fold0/model.pt"), []
-    model.write_bytes(model.read_bytes().replace(train.parse([]).code.encode(), b"0" * 16))
+    content = model.read_bytes().replace(train.parse([]).code.encode(), b"0" * 16)
+    model.write_bytes(content.replace(b'"amp": false', b'"amp":  true'))
+    assert not train.read_model(model).options.amp  # not every processor can
     monkeypatch.setattr(train, "warn", warned.append)
-    said(capsys, "--from", "scored", "--root", "other.csv")
+    assert "cnn, seed 1\n" in said(capsys, "--from", "scored", "--root", "other.csv")
     assert ["other code" in warned[0], "in no table" in warned[1]] == [True, True]
 
 def corpus_of(speaker, old="glad,", new="glad,"):
@@ -1834,7 +1848,7 @@ def test_a_genotype_is_a_model_of_its_own_whatever_its_file(cwd, tmp_path, monke
     tree(tmp_path, {"a": texts[0], "b": texts[1], "c": texts[0].replace(",", ",\n")})
     argv = ["--folds", "0", "--epochs", "1", "--out", tmp_path / "run", "--genotype"]
     for name in "ab":
-        said(capsys, *argv, tmp_path / name)
+        assert "genotype was given" in said(capsys, *argv, tmp_path / name)
     results = map(read_json, (tmp_path / "run").glob("*/fold0/result.json"))
     assert {json.dumps(result["genotype"]) for result in results} == {*texts}
     monkeypatch.setattr(train, "run_fold", None)
@@ -1946,7 +1960,7 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
     assert devices == ["cuda:3", "cuda:1"]
 
 @pytest.mark.parametrize("arguments, names", [
-    ("--cnn-cells 0 --search seq", "--search seq"), ("--frames .", "--frames"),
+    ("--cnn-cells 0 --search cnn", "no alphas"), ("--frames .", "--frames"),
     (" ".join([*OWN, "--model cnn"]), "lstm-att"),
     ("--cnn 3", "--cnn"), ("--folds 9", "--folds"), ("--lr inf", "--lr"),
     ("--warm-up 5", "--warm-up"), ("--order 2", "order 2"), ("--cnn-cells -1", "cnn_cells"),
@@ -1994,6 +2008,8 @@ def test_a_dry_run_counts_and_leaves_nothing_behind(cwd, capsys):
     assert {name for name in left(".") if "cache" not in name} <= before
     assert str(place("mine.csv", *more)) in out and " 44 windows of 0.25 s" in out
     assert re.search(r"fold 1 +train a, d \(20\), validation c \(10\), test b \(10\)\n", out)
+    poisoned = said(capsys, "--model", "cnn", "--dry-run", "--poison", "0.5")
+    assert "train a, b, d (24), validation c (10), test b (6)" in poisoned
     # Two seeds, two folds: 22 windows, 6 batches of four; of a half's 11 or 10, three.
     total, steps = 0.0, {"alpha": 4 * 2 * 3, "weight": 4 * 3 * 3, "training": 4 * 5 * 6}
     for kind, n in steps.items():

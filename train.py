@@ -56,7 +56,7 @@ from features import poisoned, read_corpus, seed_of, shuffled_parts, warn, with_
 LABEL_SMOOTHING = 0.1
 CLIP = 5.0  # largest norm of the weights' gradient, DARTS'
 SEARCH_LR_END = 0.001  # DARTS', too; not 0: while alphas move, so must the weights
-RECIPES = {  # by --recipe, scale and model; lr and drop_path change with the epoch, see the loops
+RECIPES = {  # see `recipe`; lr and drop_path change with the epoch, see the loops
     "authors": dict(optimizer="sgd", lr=0.025, rise=0.0, decay=3e-4, dropout=0.3, drop_path=0.2),
     "paper": dict(optimizer="adamw", lr=0.001, rise=0.1, decay=0.05, dropout=0.0, drop_path=0.0),
     "small": dict(optimizer="adamw", lr=0.003, rise=0.0, decay=0.05, dropout=0.0, drop_path=0.0),
@@ -128,7 +128,7 @@ def search(net, data, members, options, checkpoint):
         alpha_batches = data.batches(for_alphas, options.batch, *here, epoch, "alphas")
         losses, alpha_losses = [], []
         net.train()
-        # It ends with the shorter half; the longer one leaves out other windows in each epoch.
+        # Epochs end with the shorter half; the longer one leaves out other windows in each epoch.
         for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, alpha_batches)):
             checkpoint.step = step  # an error names it
             torch.manual_seed(seed_of(*here, epoch, step))
@@ -177,8 +177,8 @@ def train(net, data, members, watched, options, checkpoint):
     checkpoint.save()
 
 def augmented(x, options):
-    """Maps (N, 1, F, T), each shifted in time, around the end, and with a stretch of time and, of
-    log-mel, of bands at the mean, 0: at most a fifth of the axis."""
+    """Maps (N, 1, F, T), each shifted in time, around the end; then a stretch of time and, of
+    log-mel, of bands, at most a fifth of the axis, is set to 0, the mean."""
     count, _, _, length = x.shape
     t = (torch.arange(length) + torch.randint(length, (count, 1))) % length  # (N, T)
     x = x.gather(3, t.to(x.device)[:, None, None].expand_as(x))
@@ -248,9 +248,7 @@ def run_fold(options, k, data, split):
     """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv, and
     result.json at last. `split`: features.Fold, who trains, validates and tests."""
     folder = folder_of(options, k)
-    if options.poison:
-        split = poisoned(split, k, options.poison, data.labels)
-    peak_memory(data.device)  # it is measured from here on
+    peak_memory(data.device)  # from here on
     data.standardise_by(split.train)
     checkpoint = Checkpoint(options, k)
     try:
@@ -335,8 +333,8 @@ def about_fold(options, data, split, checkpoint):
     }
 
 def save_model(file, net, data, about):
-    """`about` as a text: the bytes of a pickle depend on which objects are the same, and so on what
-    came out of a checkpoint."""
+    """Writes model.pt. `about` as a text: the bytes of a pickle depend on which objects are the
+    same, and so on what came out of a checkpoint."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     mean_std = None  # where each speaker has one's own
     if data.normalise == "train":  # the same for all windows, (F,) each
@@ -375,12 +373,14 @@ def fixed_cells(options):
     """What --search cnn or seq leaves as it is: each node reads the two states before it."""
     def chain(first, second):
         return [[(first, i), (second, i + 1)] for i in range(options.nodes)]
-    if options.search == "cnn":
-        return Genotype(seq=chain("lstm_1", "skip_connect"))
-    if options.search == "seq":
-        normal = chain("sep_conv_3x3", "sep_conv_3x3")
-        return Genotype(normal=normal, reduce=chain("max_pool_3x3", "sep_conv_3x3"))
-    return Genotype()
+    cells = {}
+    if options.search == "cnn" and options.seq_cells:
+        cells["seq"] = chain("lstm_1", "skip_connect")
+    if options.search == "seq" and options.cnn_cells:
+        cells["reduce"] = chain("max_pool_3x3", "sep_conv_3x3")
+        if options.cnn_cells > 2:  # see Network: fewer are all reduction cells
+            cells["normal"] = chain("sep_conv_3x3", "sep_conv_3x3")
+    return Genotype(**cells)
 
 def given_genotype(options):
     """Of --genotype; the random one of the seed, the same for all folds; or the control. None of a
@@ -394,17 +394,17 @@ def given_genotype(options):
         net = network(options, 2)
     if options.model == "random":
         return random_genotype(net)
-    cells = dict(net.fixed)
+    cells = dict(net.decided)
     for kind in net.candidates:  # no operation that learns; each node reads the cell's two inputs
         op = "max_pool_3x3" if kind == "reduce" else "skip_connect"
         cells[kind] = [[(op, 0), (op, 1)]] * options.nodes
     return Genotype(**cells)
 
 class Baseline(nn.Module):
-    """Hand-designed networks with the time axis kept: (N, 1, F, T) -> logits (N, classes). `bands`:
-    F. Three convolutions with pooling (unless `cnn` is False), then bidirectional LSTM layers over
-    the frames and their mean over time or, with `attention`, additive attention; without LSTM one
-    more convolution, mean over the map."""
+    """Hand-designed networks: (N, 1, F, T) -> logits (N, classes). `bands`: F. Three convolutions
+    with pooling (unless `cnn` is False), then bidirectional LSTM layers over the frames and their
+    mean over time or, with `attention`, additive attention; without LSTM one more convolution, mean
+    over the map."""
     def __init__(self, classes, bands, *, cnn=True, lstm=1, attention=False, dropout=0.3, width=64):
         super().__init__()
         self.cnn = nn.Sequential()
@@ -482,7 +482,7 @@ def at_least(least, kind=int, below=math.inf):
     def number(text):
         value = kind(text)
         if not least <= value < below:  # nor is NaN
-            raise argparse.ArgumentTypeError(f"is {text}, expected {least} or more, below {below}")
+            raise argparse.ArgumentTypeError(f"is {text}, expected from {least} to {below}")
         return value
     return number
 
@@ -490,7 +490,7 @@ def numbers(text):
     return sorted(set(map(int, text.split(","))))
 
 def genotype_file(file):
-    """An argparse type: the cells that the file holds. Its name says nothing of what is trained."""
+    """An argparse type: the cells that the file holds, whatever its name is."""
     try:
         return Genotype.from_json(Path(file).read_text(encoding="utf-8")).cells()
     except (OSError, ValueError) as error:
@@ -588,8 +588,6 @@ def check(options):
     known = models_for(options)
     if options.model not in known:
         raise InputError(f"--model {options.model} is for bands; npy-D: {', '.join(known)}")
-    if options.cnn_cells == 0 and options.search != "joint":
-        raise InputError(f"--search {options.search} without CNN cells; joint searches the SeqNN")
     if options.genotype and options.model != "emodarts":
         raise InputError(f"--genotype goes with --model emodarts, not {options.model}")
     if searches(options) and options.warm_up >= options.search_epochs:
@@ -627,7 +625,7 @@ def folder_of(options, k=None):
 
 # The command -------------------------------------------------------------------------------------
 def command(options):
-    """Reads the corpus, then computes folds that no other process holds; the last one prints."""
+    """Reads the corpus, computes folds that no other process holds; the last process prints."""
     with suppress(AttributeError, TypeError):  # glibc gives memory back and asks for it again, a
         mallopt = ctypes.CDLL(None).mallopt  # tenth of a step's time; other libcs have no mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
@@ -648,9 +646,12 @@ def command(options):
     chosen = options.folds or list(range(count))
     if not set(chosen) <= set(range(count)):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {count - 1}")
-    finished_runs(options, [])  # refuses a folder of others before anything is computed
+    features.folds(listing, (), chosen, validate)  # what cannot be is refused before anything
+    finished_runs(options, [])  # is computed, and a folder of other settings
     data = data_of(options, listing, listing.classes, device)
     splits = features.folds(listing, data.store.bad, chosen, validate)
+    if options.poison:
+        splits = [poisoned(split, k, options.poison, data.labels) for k, split in enumerate(splits)]
     if options.dry_run:
         return dry_run(options, runs, data, {k: splits[k] for k in chosen})
     jobs = list(itertools.product(runs, chosen))
@@ -662,7 +663,7 @@ def command(options):
         compare(options, [k for k in range(count) if all(result_of(run, k) for run in runs)])
 
 def plan(options):
-    """Options of the command's runs, one for each model and seed; searches take longest."""
+    """Options of the command's runs, one for each model and seed; first what takes longest."""
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = [(options.model, seed, options.genotype) for seed in seeds]
     if options.compare is not None:
@@ -692,9 +693,12 @@ def listing_of(options, pool):
     return listing
 
 def data_of(options, listing, classes, device):
-    return Data(listing, map_settings(options), classes=classes, device=device,
+    data = Data(listing, map_settings(options), classes=classes, device=device,
                 normalise=options.normalise, cache=options.cache, skip_bad=options.skip_bad,
                 progress=say)
+    for why in data.store.bad.values():
+        say(f"skipped: {why}")
+    return data
 
 def pick_device(name, amp=False):
     if name == "auto":
@@ -724,7 +728,7 @@ def work(jobs, compute):
 # What outlives the process -----------------------------------------------------------------------
 # Files are whole or not there, and a checkpoint holds whole epochs. Kill, power cut and Ctrl-C are
 # one case. What is read back is data: nothing is executed.
-SAVE_EVERY = 30  # seconds between two checkpoints
+SAVE_EVERY = 30  # seconds between two checkpoints, and as many times what the last one took
 COLUMNS = ["stage", "epoch", "lr", "loss", "alpha_loss", "entropy",
            *(f"{who}_{metric.lower()}" for who in ("val", "test") for metric in METRICS), "seconds"]
 
@@ -739,7 +743,8 @@ class Checkpoint:
         self.stage, self.epoch, self.step, self.rows = "search", 0, 0, []
         self.genotype = self.decision = None
         self.parts, self.states = {}, {}  # states of a file wait there for `restore`
-        self.saved = self.epoch_began = time.perf_counter()
+        self.epoch_began = time.perf_counter()
+        self.next_save = self.epoch_began + SAVE_EVERY
         if self.file.exists():
             with reading(self.file):
                 state = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -754,10 +759,12 @@ class Checkpoint:
         return f"fold {self.fold}, {self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
 
     def save(self):
+        began = time.perf_counter()
         state = {name: getattr(self, name) for name in self.KEPT}
         state["states"] = {name: part.state_dict() for name, part in self.parts.items()}
         write(self.file, partial(torch.save, state))
-        self.saved = time.perf_counter()
+        now = time.perf_counter()
+        self.next_save = now + SAVE_EVERY + SAVE_EVERY * (now - began)
 
     def restore(self, **parts):
         """The parts of this stage, new ones, become what they were when the file was written."""
@@ -772,7 +779,7 @@ class Checkpoint:
         """Logs an epoch, and saves when it is time."""
         now = time.perf_counter()
         row["seconds"], self.epoch_began = now - self.epoch_began, now
-        row = {name: round(float(value), 6) for name, value in row.items()}
+        row = {name: float(f"{value:.9g}") for name, value in row.items()}
         self.epoch += 1
         self.rows.append({"stage": self.stage, "epoch": self.epoch} | row)
         out = io.StringIO(newline="")
@@ -787,7 +794,7 @@ class Checkpoint:
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         say(f"{model_name(run)}, seed {run.seed}, fold {self.fold}  {self.stage} "
             f"{self.epoch}/{epochs}  {values}  {left * row['seconds']:.0f} s left")
-        if now >= self.saved + SAVE_EVERY:
+        if now >= self.next_save:
             self.save()
 
     def search_done(self, genotype, decision):
@@ -853,6 +860,9 @@ def by_run(results, chosen):
     lacking = sorted(f"{name}-seed{seed}" for name, seed in runs.keys() - whole.keys())
     if lacking:
         warn(f"in no table, for want of some of the folds {chosen}: {listed(lacking)}")
+    dropped = sorted({result["fold"] for result in results} - {*chosen})
+    if chosen and dropped:
+        warn(f"folds {dropped} are in no table: name all folds, models and seeds in one command")
     return whole
 
 def say(text):
@@ -869,8 +879,10 @@ def notes_of(options, classes, bad):
     if options.validation == "none":
         notes.append("the validation speakers train as well")
     if options.poison:
-        share = f"{100 * options.poison:g} % of the test utterances"
+        share = f"{100 * options.poison:g} % of each class' test utterances, rounded down,"
         notes.append(f"not speaker-independent: {share} were moved to the training")
+    if options.genotype:
+        notes.append("the genotype was given; if its search saw test speakers, they have chosen")
     if bad:
         notes.append(f"{len(bad)} unusable recordings were skipped")
     return notes
@@ -1140,8 +1152,9 @@ def dry_run(options, runs, data, splits):
     length, unit = f"{data.store.length.sum() / 60:.1f} minutes", "s"
     if options.pool:
         length, unit = f"{data.store.length.sum():,.0f} frames", "frames"
-    labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(data.labels))]
-    print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(windows)} utterances "
+    usable = data.labels[windows > 0]
+    labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(usable))]
+    print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(usable)} utterances "
           f"({', '.join(labels)}), {length}, {windows.sum()} windows of {options.window:g} {unit}")
     steps = {"alpha step": 0, "weight step": 0, "training step": 0}
     for k, split in splits.items():
@@ -1198,7 +1211,7 @@ def seconds_of(step, device):
     return float(np.median(times[len(times) // 2 :]))
 
 def peak_memory(device):
-    """Most GB since it was asked last, on a GPU of tensors, on Linux of the process; or None."""
+    """Most GB since the last call, of tensors on a GPU, else of the process; None if not known."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
@@ -1216,7 +1229,7 @@ def read_model(file):
     with reading(file):
         found = torch.load(file, map_location="cpu", weights_only=True)
         about = json.loads(found["about"])
-        options = argparse.Namespace(**about["settings"])
+        options = argparse.Namespace(**about["settings"] | {"amp": False})  # for any device
         genotype = Genotype(**about["genotype"]) if about["genotype"] else None
         # Whatever sizes a file announces, memory is taken for the weights that it holds.
         with torch.device("meta"):
@@ -1274,7 +1287,7 @@ def recognise(models, clips):
 def score_corpus(models, options):
     """The tables of finished models on a corpus of which they have seen no recording."""
     first, name = models[0], options.dataset
-    device = pick_device(options.device, first.options.amp)
+    device = pick_device(options.device)
     listing = listing_of(options, first.options.pool)
     classes = tuple(first.about["classes"])
     if not set(listing.classes) <= set(classes):
@@ -1288,21 +1301,20 @@ def score_corpus(models, options):
                 raise InputError(f"{utterance.path}: {fold}")
     first.options.cache, first.options.skip_bad = options.cache, options.skip_bad
     data = data_of(first.options, listing, classes, device)
-    for why in data.store.bad.values():
-        print(f"skipped: {why}")
     usable = [i for i in range(len(data.labels)) if i not in data.store.bad]
     results, file = [], f"{name}-{listing.digest[:8]}/predictions.csv"
     for model in models:
         data.standardise_by(known=model.mean_std)
         (model.folder / file).parent.mkdir(exist_ok=True)
         tested = score(model.net.to(device), data, usable, model.options, model.folder, file)
-        model.options.dataset = name
+        model.options.dataset, model.options.poison = name, 0.0
         about = {"notes": notes_of(model.options, classes, data.store.bad), "tests": {name: tested}}
         about |= {"validation": [], "validation_ua": None, "folder": model.folder}
         results.append(model.about | about)
+    for model, seed in dict.fromkeys((found["model"], found["seed"]) for found in results):
+        own = [found for found in results if (found["model"], found["seed"]) == (model, seed)]
+        print(f"\n{model}, seed {seed}", table(own, name), *own[0]["notes"], sep="\n")
     runs = by_run(results, sorted({result["fold"] for result in results}))
-    for (model, seed), results in runs.items():
-        print(f"\n{model}, seed {seed}", table(results, name), *results[0]["notes"], sep="\n")
     if len(runs) > 1:
         print(f"\n{comparison(runs)[1]}")
     print(f"predictions are beside each model, in {file}")

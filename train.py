@@ -1195,7 +1195,12 @@ def steps_of(options, classes, device):
         architect, batch = Architect(net, F.cross_entropy, order=options.order), (x, target)
         yield "alpha step", partial(alpha_step, architect, batch, batch, 1e-3, options)
         del architect
-        yield "weight step", partial(step, net, optimizer_of(net.weights(), options), net.alphas())
+        optimizer = optimizer_of(net.weights(), options)
+        for p in net.weights():  # in the end it has a state of each, which few steps do not draw
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        yield "weight step", partial(step, net, optimizer, net.alphas())
+        del optimizer
     net = network(options, classes, genotype).to(device)
     yield "training step", partial(step, net, optimizer_of(net.parameters(), options))
 

@@ -882,7 +882,7 @@ def notes_of(options, classes, bad):
         share = f"{100 * options.poison:g} % of each class' test utterances, rounded down,"
         notes.append(f"not speaker-independent: {share} were moved to the training")
     if options.genotype:
-        notes.append("the genotype was given; if its search saw test speakers, they have chosen")
+        notes.append("the genotype was given: if its search saw test speakers, they chose it")
     if bad:
         notes.append(f"{len(bad)} unusable recordings were skipped")
     return notes

@@ -242,7 +242,7 @@ class SeqCell(Cell):
         self.width = width
 
     def forward(self, *args):
-        return F.adaptive_avg_pool1d(super().forward(*args), self.width)
+        return F.adaptive_avg_pool1d(super().forward(*args), self.width)  # nodes * D -> D
 
 @dataclass(frozen=True)
 class Genotype:

@@ -482,7 +482,7 @@ def at_least(least, kind=int, below=math.inf):
     def number(text):
         value = kind(text)
         if not least <= value < below:  # nor is NaN
-            raise argparse.ArgumentTypeError(f"is {text}, expected from {least} to {below}")
+            raise argparse.ArgumentTypeError(f"is {text}, expected {least} or more, below {below}")
         return value
     return number
 
@@ -1196,7 +1196,7 @@ def steps_of(options, classes, device):
         yield "alpha step", partial(alpha_step, architect, batch, batch, 1e-3, options)
         del architect
         optimizer = optimizer_of(net.weights(), options)
-        for p in net.weights():  # in the end it has a state of each, which few steps do not draw
+        for p in net.weights():  # a whole search draws all, and so has a state of each
             p.grad = torch.zeros_like(p)
         optimizer.step()
         yield "weight step", partial(step, net, optimizer, net.alphas())
@@ -1316,7 +1316,7 @@ def score_corpus(models, options):
         about = {"notes": notes_of(model.options, classes, data.store.bad), "tests": {name: tested}}
         about |= {"validation": [], "validation_ua": None, "folder": model.folder}
         results.append(model.about | about)
-    for model, seed in dict.fromkeys((found["model"], found["seed"]) for found in results):
+    for model, seed in by_run(results, []):  # of each run whatever folds there are
         own = [found for found in results if (found["model"], found["seed"]) == (model, seed)]
         print(f"\n{model}, seed {seed}", table(own, name), *own[0]["notes"], sep="\n")
     runs = by_run(results, sorted({result["fold"] for result in results}))

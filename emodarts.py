@@ -546,6 +546,7 @@ class Architect:
             try:
                 _, d_train = self.gradient(train, w, masks)
                 set_to(w, w_before, d_train, -xi)  # w'
+                del d_train
                 loss, both = self.gradient(val, alphas + w)
                 d_alpha, d_w = both[: len(alphas)], both[len(alphas) :]
                 eps = 0.01 / max(torch.nn.utils.get_total_norm(d_w).item(), 1e-12)

@@ -22,7 +22,6 @@ import struct
 import sys
 import tokenize
 import unicodedata
-import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -87,7 +86,8 @@ def below(root, pattern, depth=4, folders=False):
             inode_and_device = os.stat(folder)[1:3]
             if visited.setdefault(inode_and_device, folder) is not folder:
                 continue
-            _, names, files = next(os.walk(folder), ("", [], []))
+            walk = os.walk(folder, onerror=lambda error: warn(f"a folder was left out: {error}"))
+            _, names, files = next(walk, ("", [], []))
             inner += [folder / name for name in names if name[0] != "."]
             for path in [folder] if folders else map(folder.joinpath, files):
                 if path.name[:1] != "." and re.fullmatch(pattern, path.name, re.IGNORECASE):
@@ -96,6 +96,12 @@ def below(root, pattern, depth=4, folders=False):
 
 def by_name(paths):  # in lower case; of several files of one name the first
     return {nfc(path.name).lower(): path for path in reversed(paths)}
+
+def single(tables):
+    """The first of these files of labels, in a list. InputError where two differ."""
+    if len(set(map(text_of, tables))) > 1:
+        raise InputError(f"{listed([*map(str, tables)])} differ; expected one file of labels")
+    return tables[:1]
 
 def text_of(path):
     """A text file in UTF-8, UTF-16 or else latin-1; lines end with a newline."""
@@ -111,8 +117,8 @@ def rows(path, *columns, **how):
     """Rows of a table as dicts, and `line`, where each begins. `how`: arguments of csv.reader"""
     text, table, line = text_of(path), [], 1
     header = next((line for line in text.split("\n") if columns[-1] in line.lower()), "")
-    comma = max(",;\t", key=header.count)  # Excel's depends on the country
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, **how)
+    how |= {"delimiter": max(",;\t", key=header.count)}  # Excel's depends on the country
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, **how)
     try:
         for row in reader:
             fields = [field.strip() for field in row]
@@ -122,7 +128,7 @@ def rows(path, *columns, **how):
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
     there = [name.lower() for name in table[0][1]] if table else ["(none)"]
-    if any(there.count(column) != 1 for column in columns):
+    if any(there.count(column) != 1 for column in columns) or there.count("split") > 1:
         there = ",".join(there)[:99]
         raise InputError(f"{path} has the columns {there}; expected {','.join(columns)}")
     for line, fields in table[1:]:
@@ -139,7 +145,7 @@ def index_emodb(root):
 
 def index_nemo(root):
     """data.tsv, at most two folders down, and samples/*.wav beside it (free: amu-cai/nEMO)."""
-    for table in below(root, r"data\.tsv", depth=2)[:1]:
+    for table in single(below(root, r"data\.tsv", depth=2)):
         wavs = by_name(below(table.parent / "samples", r".*\.wav", depth=0))
         for row in rows(table, "file_id", "emotion", "speaker_id", quoting=csv.QUOTE_NONE):
             name, speaker = nfc(row["file_id"]).lower(), nfc(row["speaker_id"])
@@ -186,7 +192,7 @@ def index_msp_improv(root):
     `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02
     of session 2, condition R (read); the raters say A. Paper: R only, with the intended emotion."""
     turn = r"(-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d)"
-    for text in below(root, r"evalua?tion\.txt", depth=3)[:1]:
+    for text in single(below(root, r"evalua?tion\.txt", depth=3)):
         wavs = by_name(below(root, rf"MSP{turn}\.wav", depth=9))
         head = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
         for found in head.findall(text_of(text).upper()):
@@ -198,7 +204,8 @@ def index_msp_improv(root):
 def index_msp_podcast(root):
     """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed).
     Wavs without a row are normal. Paper: all but the validation, without unknown speakers."""
-    for table in below(root, r"labels_con[sc]ensus\.csv", depth=3)[:1]:
+    tables = below(root, r"labels_con[sc]ensus\.csv", depth=3)
+    for table in single(tables):
         wavs = by_name(below(root, r"MSP-PODCAST_.*\.wav", depth=9))
         for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
             name, code, speaker = row["filename"].lower(), row["emoclass"].upper(), row["spkrid"]
@@ -309,28 +316,7 @@ class Listing:
 
     @functools.cached_property
     def prints(self):
-        """Size and check sum of the first and the middle 4 kB of each file (all take minutes)."""
-        found = [(0, 0)] * len(self.utterances)  # what it is of those that are not there
-        for i, path in enumerate(u.path for u in self.utterances):
-            if path.is_file():  # a pipe would be waited for
-                with naming(path), open(path, "rb") as file:
-                    begin = zlib.crc32(file.read(4096))
-                    size = file.seek(0, os.SEEK_END)
-                    file.seek(size // 2)
-                    found[i] = size, zlib.crc32(file.read(4096), begin)
-        return found
-
-    @functools.cached_property
-    def contents(self):
-        """Of files whose prints agree, as those of padded clips may, a digest of all the bytes."""
-        found, alike = list(self.prints), Counter(self.prints)
-        for i, path in enumerate(u.path for u in self.utterances):
-            if found[i][0] <= 128:
-                found[i] = path  # a header at most, nothing to be compared
-            elif alike[found[i]] > 1:
-                with naming(path):
-                    found[i] = hashlib.sha256(path.read_bytes()).digest()
-        return found
+        return [print_of(u.path) for u in self.utterances]
 
     @property
     def digest(self):
@@ -338,6 +324,23 @@ class Listing:
         about = [(self.name(u), u.label, u.speaker, u.group, u.split) for u in self.utterances]
         content = json.dumps([self.classes, about, self.prints])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+def print_of(path):
+    """Size, and a digest of the first and the middle 4 kB (all take minutes) or, where little is to
+    be heard in the middle, of all; of what is neither wav nor npy, or no more than a header, "".
+    """
+    if not path.is_file():  # a pipe would be waited for
+        return 0, ""
+    with naming(path), open(path, "rb") as file:
+        begin = file.read(4096)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        middle = file.read(4096)
+        if len(set(middle)) < 16:
+            file.seek(0)
+            middle = file.read()
+    sound = begin[:4] in (b"RIFF", b"\x93NUM") and size > 128
+    return size, hashlib.sha256(begin + middle).hexdigest()[:16] if sound else ""
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     """-> Listing. `classes`: four or all; of one's own csv all, either way. `protocol`: standard or
@@ -418,8 +421,9 @@ def each_once(root, utterances):
     for what in ("label", "speaker"):
         spelt = {}
         for name in sorted({getattr(u, what) for u in kept}):
-            plain = re.sub(r"(?<!\d)0+(?=\d)", "", nfc(name.casefold()))
-            other = spelt.setdefault("".join(plain.split()), name)
+            plain = unicodedata.normalize("NFKC", name).casefold()
+            plain = "".join(filter(str.isprintable, plain)).replace(" ", "")
+            other = spelt.setdefault(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), name)
             if other != name:  # of one speaker some would be trained on, some tested
                 raise InputError(f"{root}: {what}s {other!r} and {name!r}; expected one spelling")
     return [u for u in kept if u.split in SPLITS]
@@ -509,15 +513,16 @@ def folds(listing, without=(), chosen=None, validate=True):
 
 def check_apart(k, listing, fold):
     """Raises InputError where a speaker or recording is on two sides of fold k, not both tests."""
-    first = {}  # speaker or content -> the side and the path where it was met first
+    first = {}  # speaker or print -> the side and the path where it was met first
     for side, members in fold.sides().items():
-        for u, content in [(listing.utterances[i], listing.contents[i]) for i in members]:
+        for u, file in [(listing.utterances[i], listing.prints[i]) for i in members]:
             unknown = u.speaker == "Unknown" and listing.dataset == "msp-podcast"  # many are one
-            for key in [content] if unknown else [f"speaker {u.speaker}", content]:
+            keys = [] if unknown else [f"speaker {u.speaker}"]
+            for key in [*keys, file] if file[1] else keys:
                 other, before = first.setdefault(key, (side, u.path))
                 if other != side and other in ("train", "validation"):
                     both = f"one recording, {before.name} and {u.path.name},"
-                    what = both if key == content else key
+                    what = both if key == file else key
                     raise InputError(f"fold {k}: {what} is in {other} and in {side}")
 
 # A wav file -> windows ---------------------------------------------------------------------------
@@ -698,7 +703,10 @@ def write(file, content):
         if isinstance(content, str):
             out.write(content.encode("utf-8", "surrogateescape"))
         else:
-            content(out)
+            try:
+                content(out)
+            except RuntimeError as error:  # torch.save's, behind which is the full disk's
+                raise error.__context__ or error
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, file)

@@ -47,9 +47,9 @@ from torch import nn
 
 import emodarts
 import features
-from emodarts import CNN_OPS, RELAXATIONS, SEQ_SPACES, Architect, Genotype, Network, derive, entropy
-from emodarts import expected_parameters, held_fixed, random_genotype, without_statistics
-from features import CORPORA, Data, InputError, Settings, code_digest, halves, listed, lock
+from emodarts import CNN_OPS, RELAXATIONS, SEQ_OPS, SEQ_SPACES, Architect, Genotype, Network, derive
+from emodarts import entropy, expected_parameters, held_fixed, random_genotype, without_statistics
+from features import CORPORA, Data, InputError, Settings, code_digest, halves, listed, lock, naming
 from features import poisoned, read_corpus, seed_of, shuffled_parts, warn, with_frames, write
 
 # Optimizer and schedule --------------------------------------------------------------------------
@@ -375,7 +375,8 @@ def fixed_cells(options):
         return [[(first, i), (second, i + 1)] for i in range(options.nodes)]
     cells = {}
     if options.search == "cnn" and options.seq_cells:
-        cells["seq"] = chain("lstm_1", "skip_connect")
+        _, _, recurrent, *_ = SEQ_SPACES[options.seq_space]  # lstm_1 of all
+        cells["seq"] = chain(recurrent, "skip_connect")
     if options.search == "seq" and options.cnn_cells:
         cells["reduce"] = chain("max_pool_3x3", "sep_conv_3x3")
         if options.cnn_cells > 2:  # see Network: fewer are all reduction cells
@@ -524,7 +525,8 @@ def parse(argv):
     options = parser.parse_args(argv)
     options.dataset = options.dataset or (None if options.from_ else "smoke")
     mine = "".join(linecache.getlines(__file__, globals()))  # also from a zip
-    options.code = code_digest(inspect.getsource(emodarts), features.SOURCE, mine)
+    names = repr([*CNN_OPS, *SEQ_OPS, *BASELINES])  # a caller may have added some
+    options.code = code_digest(inspect.getsource(emodarts), features.SOURCE, mine, names)
     options.data = None  # the corpus' digest, once it is read
     return options
 
@@ -532,7 +534,8 @@ def add_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--root", help="folder of the corpus, or file of csv; None: data/DATASET")
     add("--frames", help="folder of npy-D's files; None: beside the recordings")
-    add("--classes", choices=("four", "all"), default="four", help="four of the labels, or all")
+    add("--classes", choices=("four", "all"), default="four",
+        help="four of the labels, or all; of csv always all")
     add("--validation", choices=("next", "none"), default="next",
         help="the group behind the test speakers validates, or trains as well")
     add("--folds", type=numbers, help="folds to run, such as 0,3; None: all")
@@ -806,10 +809,13 @@ class Checkpoint:
 def reading(file):
     """Inside, a file is read. A damaged one may provoke anything: it becomes one line."""
     try:
-        yield file
-    except (InputError, MemoryError):
+        with naming(file):
+            yield file
+    except InputError:
         raise
     except Exception as error:
+        if "memory" in str(error):  # as torch says it
+            raise
         lines = str(error).splitlines() or [type(error).__name__]
         why = f"damaged, or of other code ({lines[0]:.150})"
         raise InputError(f"{file} is {why}; delete it, or name another") from None
@@ -997,7 +1003,10 @@ def comparison(runs):
     folds = ", ".join(str(result["fold"]) for result in first[0])
     legend = (f"mean ± standard deviation over folds {folds} (± over seeds); p: paired t-test of "
               "UA over folds against the set's first row, of ensembles against their first")
-    return rows, "\n".join([markdown(heads, cells), legend, *first[0][0]["notes"]])
+    notes = {}  # each once
+    for seeds in models.values():
+        notes |= dict.fromkeys(seeds[0][0]["notes"])
+    return rows, "\n".join([markdown(heads, cells), legend, *notes])
 
 def row_of(name, seeds, test, first):
     """`seeds`: a model's results, [seed][fold]; `first`: those of the model that p refers to."""
@@ -1017,8 +1026,9 @@ def row_of(name, seeds, test, first):
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        peaks = [result["peak_gb"] or math.nan for result in results]
-        row["peak"] = f"{np.fmax.reduce(peaks):.2f} GB"
+        peaks = [result["peak_gb"] for result in results if result["peak_gb"]]
+        if peaks:  # not everywhere known
+            row["peak"] = f"{max(peaks):.2f} GB"
     return row
 
 def ensemble(seeds, test):
@@ -1167,17 +1177,20 @@ def dry_run(options, runs, data, splits):
         steps["alpha step"] += half * (options.search_epochs - options.warm_up)
         steps["weight step"] += half * options.search_epochs
         steps["training step"] += whole * options.epochs
-    total, most = 0.0, math.nan
+    total, most = 0.0, 0.0
     for model in dict.fromkeys(map(model_name, runs)):
         same = [run for run in runs if model_name(run) == model]
         for kind, step in steps_of(same[0], len(data.classes), data.device):
             peak_memory(data.device)  # from here on
             seconds, count = seconds_of(step, data.device), steps[kind] * len(same)
-            peak = peak_memory(data.device) or math.nan
-            total, most = total + count * seconds, np.fmax(most, peak)
-            print(f"cost      {model}, {kind}: {count:,} of {seconds:.3g} s, {peak:.3g} GB")
-    print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, peak {most:.3g} GB; "
+            peak = peak_memory(data.device) or 0.0  # where it is not known
+            total, most = total + count * seconds, max(most, peak)
+            print(f"cost      {model}, {kind}: {count:,} of {seconds:.3g} s, {gigabytes(peak)}")
+    print(f"in all    {total:,.0f} s ({total / 3600:.1f} h) on {data.device}, {gigabytes(most)}; "
           f"nothing was trained; a run goes to {corpus_folder(options)}")
+
+def gigabytes(most):
+    return f"{most:.3g} GB" if most else "memory not known"
 
 def steps_of(options, classes, device):
     """-> for each kind of step its name and a function that makes one, with noise of the real size.
@@ -1221,6 +1234,8 @@ def peak_memory(device):
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
         return round(peak, 3)
+    with suppress(AttributeError, TypeError):  # what `command` keeps would count
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         Path("/proc/self/clear_refs").write_text("5")
@@ -1274,6 +1289,8 @@ def recognise(models, clips):
     maps = {}  # clip -> (windows, F, T), rounded as in training
     for clip in clips:
         maps[clip] = features.maps_of(features.read(clip, settings), settings).float()
+        if not settings.pool and features.channels_cancel(clip):
+            warn(f"the channels of {clip} cancel in their mean")
     if options.normalise == "speaker":
         print("all clips are normalised together, as if of one speaker")
     own = features.mean_std(maps.values())

@@ -326,11 +326,10 @@ class Listing:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 def print_of(path):
-    """Size, and a digest of the first and the middle 4 kB (all take minutes) or, where little is to
-    be heard in the middle, of all; of what is neither wav nor npy, or no more than a header, "".
-    """
+    """Size; a digest of the first and the middle 4 kB (all take minutes) or, where little is to be
+    heard in the middle, of all; whether it is a wav or npy of more than a header."""
     if not path.is_file():  # a pipe would be waited for
-        return 0, ""
+        return 0, "", False
     with naming(path), open(path, "rb") as file:
         begin = file.read(4096)
         size = file.seek(0, os.SEEK_END)
@@ -340,7 +339,7 @@ def print_of(path):
             file.seek(0)
             middle = file.read()
     sound = begin[:4] in (b"RIFF", b"\x93NUM") and size > 128
-    return size, hashlib.sha256(begin + middle).hexdigest()[:16] if sound else ""
+    return size, hashlib.sha256(begin + middle).hexdigest()[:16], sound
 
 def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     """-> Listing. `classes`: four or all; of one's own csv all, either way. `protocol`: standard or
@@ -518,7 +517,7 @@ def check_apart(k, listing, fold):
         for u, file in [(listing.utterances[i], listing.prints[i]) for i in members]:
             unknown = u.speaker == "Unknown" and listing.dataset == "msp-podcast"  # many are one
             keys = [] if unknown else [f"speaker {u.speaker}"]
-            for key in [*keys, file] if file[1] else keys:
+            for key in [*keys, file] if file[2] else keys:  # what is no sound may be alike
                 other, before = first.setdefault(key, (side, u.path))
                 if other != side and other in ("train", "validation"):
                     both = f"one recording, {before.name} and {u.path.name},"

@@ -517,7 +517,9 @@ def check_apart(k, listing, fold):
         for u, file in [(listing.utterances[i], listing.prints[i]) for i in members]:
             unknown = u.speaker == "Unknown" and listing.dataset == "msp-podcast"  # many are one
             keys = [] if unknown else [f"speaker {u.speaker}"]
-            for key in [*keys, file] if file[2] else keys:  # what is no sound may be alike
+            if file[2]:  # what is no sound may be alike
+                keys.append(file)
+            for key in keys:
                 other, before = first.setdefault(key, (side, u.path))
                 if other != side and other in ("train", "validation"):
                     both = f"one recording, {before.name} and {u.path.name},"

@@ -923,14 +923,18 @@ def test_the_digest_of_a_csv_is_that_of_its_content(tmp_path, monkeypatch):
     assert len(told | {read_corpus("csv", file).digest}) == 9
 
 @pytest.mark.parametrize("speaker", "bc")
-def test_one_recording_is_on_one_side_whatever_it_is_called(tmp_path, speaker):
+def test_one_recording_is_on_one_side_whatever_it_is_called(tmp_path, monkeypatch, speaker):
     file = clips(tmp_path)
     shutil.copy(file.with_name("bx.wav"), file.with_name("copy.wav"))
     tree(file.parent, {name: "<html>" * 99 for name in ("e.wav", "f.wav")})  # no recordings
     file.write_text(file.read_text() + f"copy.wav,x,{speaker}\ne.wav,x,b\nf.wav,x,c\n")
     told = pytest.raises(InputError, match="one recording, .*(bx.wav|copy.wav), is in .* and in ")
-    with told if speaker == "c" else nullcontext():
-        folds(read_corpus("csv", file))
+    listing, looks = read_corpus("csv", file), Mock(side_effect=features.print_of)
+    monkeypatch.setattr(features, "print_of", looks)
+    for _ in range(2):
+        with told if speaker == "c" else nullcontext():
+            folds(listing)
+    assert looks.call_count == 9  # each file once
 
 @pytest.mark.parametrize("kind, bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
 @pytest.mark.parametrize("first", [None, 0xFFFE])
@@ -1938,6 +1942,10 @@ def test_a_link_to_the_script_and_umlauts_in_a_locale_without(cwd, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = table("umlaut/cnn-seed1/fold0/predictions.csv")
     assert [row["label"] for row in rows].count("fröhlich") == 3
+
+def test_a_wrong_root_is_refused_before_networks_are_built(cwd, monkeypatch, capsys):
+    monkeypatch.setattr(train, "network", None)
+    assert "nowhere" in said(capsys, "--root", "nowhere", code=2)
 
 def child(cwd, log, argv, *kill):
     """A process of its own; `kill`: the name of a function, and at which call of it."""

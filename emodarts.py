@@ -20,9 +20,8 @@ validation data when the weights w are those that are best on training data for 
 
     alpha* = argmin_alpha L_val(w*(alpha), alpha)    s.t.    w*(alpha) = argmin_w L_train(w, alpha)
 
-Read on: operations, MixedOp (a choice made continuous), Cell (a graph of mixed operations),
-Genotype (the choice made discrete again), Network, derive, Architect (the hypergradient). Shapes:
-a map is (N, C, F, T) = batch, channels, features, time; a sequence (N, T, D) = batch, time, width.
+Read on: operations, MixedOp, Cell, Genotype, Network, derive, Architect. Shapes: a map is
+(N, C, F, T) = batch, channels, features, time; a sequence (N, T, D) = batch, time, width.
 
 [P] Rajapakshe et al., "emoDARTS", IEEE Access 12, 2024 (arXiv 2403.14083)
 [D] Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", 2019 (arXiv 1806.09055)
@@ -174,16 +173,14 @@ class MixedOp(nn.Module):
                 raise ValueError(f"expected a choice, weights for some of {', '.join(self.ops)}")
             (op,) = self.ops.values()
             return op(x)
-        total = None
-        for name, weight in choice.items():
+        (first, weight), *others = choice.items()
+        total = weight * self.ops[first](x)
+        for name, weight in others:
             y = self.ops[name](x)
-            if total is None:
-                total = weight * y
-            elif y.shape != total.shape:
+            if y.shape != total.shape:
                 raise ValueError(f"operations return different shapes: {tuple(total.shape)}, and "
                                  f"{name} {tuple(y.shape)}")
-            else:
-                total.addcmul_(weight, y)  # total += weight * y, a few percent faster
+            total.addcmul_(weight, y)  # total += weight * y, a few percent faster
         return total
 
 class Cell(nn.Module):
@@ -382,11 +379,9 @@ class Network(nn.Module):
                 wiring[kind] = [[(j, names) for j in range(i)] for i in range(2, self.nodes + 2)]
                 start = 1e-3 * torch.randn(sum(map(len, wiring[kind])), len(names))
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
-        if not {*self.decided} <= {*kinds}:
-            raise ValueError(f"cells {', '.join(self.decided)}; this depth has {', '.join(kinds)}")
-        if genotype is not None and self.candidates:
-            raise ValueError(f"the genotype has no {' and no '.join(self.candidates)} cell, which "
-                             f"this depth needs; it has: {', '.join(self.decided) or 'none'}")
+        if (genotype is not None and self.candidates) or not {*self.decided} <= {*kinds}:
+            needs, has = ", ".join(dict.fromkeys(kinds)), ", ".join(self.decided) or "none"
+            raise ValueError(f"this depth has the cells {needs}; given are: {has}")
         return wiring
 
     def weights(self):
@@ -498,9 +493,7 @@ class Architect:
     target)` -> scalar; it may add a function of the alphas, such as `expected_parameters`. Weights
     and BN buffers are bit for bit the same after a step. What does not require a gradient is a
     constant. A torch.autocast block goes around the whole of `step`."""
-    def __init__(
-        self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
-    ):
+    def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")
         if not net.alphas():

@@ -6,8 +6,8 @@
         -> load: a store on disk -> Data: batches (N, 1, F, T), standardised, and classes (N,)
 """
 
+import ast
 import csv
-import errno
 import functools
 import hashlib
 import inspect
@@ -20,7 +20,6 @@ import random
 import re
 import struct
 import sys
-import tokenize
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -44,8 +43,6 @@ RATE, FFT, HOP, POOL = 16000, 1024, 250, 4  # Hz; samples (64 ms); samples; fram
 FRAME = HOP * POOL / RATE  # seconds between two columns
 LOUDEST = 10  # float samples beyond are whole numbers; what clips in a studio is at most a few
 LEVELS = 40  # dB: no two microphones differ so, but 16 bits do that are read as 24 or 32
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of NFS
-WARNED = []  # the first file that could not be locked
 SOURCE = inspect.getsource(sys.modules[__name__])  # what runs, though the file may change meanwhile
 nfc = functools.partial(unicodedata.normalize, "NFC")  # a letter with its accent: one character
 
@@ -65,6 +62,8 @@ def listed(names, most=5):
 
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
+
+warn_once = functools.cache(warn)
 
 # A corpus' folder -> utterances ------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -166,8 +165,7 @@ def index_crema_d(root):
     for path in below(root, r"1\d{3}_[A-Z]{3}_[A-Z]{3}_\w+\.wav"):
         name, actor = path.name.lower(), path.name[:4]
         first = 1001 + 18 * min((int(actor) - 1001) // 18, 4)
-        group = f"{first}-{1091 if first == 1073 else first + 17}"
-        yield Utterance(path, name.split("_")[2], actor, group, recording=name)
+        yield Utterance(path, name.split("_")[2], actor, str(first), recording=name)
 
 def index_iemocap(root):
     """Folders Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav (licensed).
@@ -191,21 +189,20 @@ def index_msp_improv(root):
     """Evalution.txt or Evaluation.txt, at most three folders down, and MSP-IMPROV-*.wav (licensed).
     `UTD-IMPROV-S01A-F02-R-FF01.avi; A; A:3.333333; ...`: sentence 01, intended anger, speaker F02
     of session 2, condition R (read); the raters say A. Paper: R only, with the intended emotion."""
-    turn = r"(-IMPROV-S\d\d([AHSN])-([FM])(0[1-6])-([PRST])-[FM][FM]\d\d)"
+    turn = r"(-IMPROV-S\d\d([AHSN])-([FM])0([1-6])-([PRST])-[FM][FM]\d\d)"
     for text in single(below(root, r"evalua?tion\.txt", depth=3)):
         wavs = by_name(below(root, rf"MSP{turn}\.wav", depth=9))
         head = re.compile(rf"^ *UTD{turn}\.AVI *; *(\w+)", re.MULTILINE)
         for found in head.findall(text_of(text).upper()):
-            name, intended, gender, number, condition, code = found
-            path, group = wavs.get(f"msp{name}.wav".lower()), f"session {int(number)}"
-            paper = (intended, group) if condition == "R" else None
-            yield Utterance(path, code, gender + number, group, None, paper, recording=name)
+            name, intended, gender, session, condition, code = found
+            path, speaker = wavs.get(f"msp{name}.wav".lower()), f"{gender}0{session}"
+            paper = (intended, session) if condition == "R" else None
+            yield Utterance(path, code, speaker, session, None, paper, recording=name)
 
 def index_msp_podcast(root):
     """labels_con[sc]ensus.csv, at most three folders down, and MSP-PODCAST_*.wav (licensed).
     Wavs without a row are normal. Paper: all but the validation, without unknown speakers."""
-    tables = below(root, r"labels_con[sc]ensus\.csv", depth=3)
-    for table in single(tables):
+    for table in single(below(root, r"labels_con.ensus\.csv", depth=3)):
         wavs = by_name(below(root, r"MSP-PODCAST_.*\.wav", depth=9))
         for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
             name, code, speaker = row["filename"].lower(), row["emoclass"].upper(), row["spkrid"]
@@ -286,7 +283,6 @@ NUMBERS = {f"0{n}": name for n, name in enumerate(NAMES, start=1)}
 SHORT = {name[:3]: name for name in NAMES} | dict(exc="happy", fru="frustrated")
 IEMOCAP, IMPROV = counted(1103, 1636, 1708, 1084, 10039), counted(792, 2644, 3477, 885, 8438)
 PODCAST = [{"of four classes": 46160}, counted(recordings=149307), counted(recordings=264705)]
-SESSIONS = [f"session {k}" for k in "1235"]
 CORPORA = {  # a new one is a function like those above, and a line here
     "smoke": Corpus(index_emodb, GERMAN, [counted(24, 24, 24, 24)], folds="0,1"),
     "emodb": Corpus(index_emodb, GERMAN, [counted(127, 71, 79, 62), counted(recordings=816)]),
@@ -294,7 +290,7 @@ CORPORA = {  # a new one is a function like those above, and a line here
     "ravdess": Corpus(index_ravdess, NUMBERS, [counted(192, 192, 96, 192, 1440)]),
     "crema-d": Corpus(index_crema_d, SHORT, [counted(1271, 1271, 1087, 1271, 7442)]),
     "iemocap": Corpus(index_iemocap, SHORT, [IEMOCAP], "paper", paper=()),
-    "msp-improv": Corpus(index_msp_improv, LETTERS, [IMPROV], "paper", paper=SESSIONS),
+    "msp-improv": Corpus(index_msp_improv, LETTERS, [IMPROV], "paper", paper=[*"1235"]),
     "msp-podcast": Corpus(index_msp_podcast, LETTERS, PODCAST, "paper", paper=(), at_most=10000),
     "csv": Corpus(index_csv),
 }
@@ -356,7 +352,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     labelled = each_once(folder, list(corpus.index(folder)))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
+        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no such folder"]
         found = f"{len(labelled)} labels, and {listed(there) or 'no file'}"
         wanted = (corpus.index.__doc__ or "what it reads").splitlines()[0]
         raise InputError(f"no utterance of {place} (found {found}); looked for: {wanted}")
@@ -400,7 +396,7 @@ def with_frames(listing, folder=None):
     return replace(listing, root=root, utterances=utterances)
 
 def each_once(root, utterances):
-    """Leaves out copies, links and doubled rows: what has the name or the path of another one.
+    """Leaves out what has the name or the path of another one, or a split that is not used.
     InputError where a recording has two labels, or a label or speaker two spellings."""
     first, kept, doubled = {}, [], []
     for u in utterances:
@@ -472,7 +468,7 @@ class Fold:
 def folds(listing, without=(), chosen=None, validate=True):
     """-> [Fold], one for each group: it tests, the next one validates (if it shall `validate`), all
     others train. One of an official split. `without`: utterances to leave out at last. InputError
-    where folds cannot be made, or one that is `chosen` (None: all are) lacks a side or a class."""
+    where folds cannot be made, or one of `chosen` lacks a side or a class (None: any, a side)."""
     def members(names):
         return [i for i, part in enumerate(part_of) if part in names]
     part_of = [u.split or u.group for u in listing.utterances]
@@ -493,17 +489,16 @@ def folds(listing, without=(), chosen=None, validate=True):
         sides += [members({name} & held_out) for name in (validation, *tests)]
         for n, side in enumerate(sides):
             size = min(authors.at_most or len(side), len(side))
-            sides[n] = sorted(random.Random(f"fold {k}, side {n}").sample(side, size))
-        whole = Fold(sides[0], sides[1], dict(zip(names, sides[2:])))
-        check_apart(k, listing, whole)
-        sides = [[i for i in side if i not in without] for side in sides]
+            drawn = random.Random(f"fold {k}, side {n}").sample(side, size)
+            sides[n] = sorted({*drawn}.difference(without))
         made.append(Fold(sides[0], sides[1], dict(zip(names, sides[2:]))))
-        there = {listing.utterances[i].label for i in whole.train}
+        check_apart(k, listing, made[k])
         trained = {listing.utterances[i].label for i in made[k].train}
         lacks = [f"{side} utterance" for side, left in made[k].sides().items() if not left]
         if not validate:
             lacks.remove("validation utterance")
-        for label in sorted({*(listing.classes if chosen else there)} - trained):
+        wanted = {*listing.classes} if chosen else trained
+        for label in sorted(wanted - trained):
             lacks.append(f"train utterance of class {label}")
         if lacks and (chosen is None or k in chosen):
             several = "; see --folds" * (len(plan) > 1)
@@ -538,18 +533,15 @@ class Settings:
         form = "(mfcc|log-mel)-([1-9][0-9]?|1[01][0-9]|12[0-8])"
         if self.pool:
             form = "npy-[1-9][0-9]{0,4}"
-        known, steps = re.fullmatch(form, self.features), self.window / self.step
+        known, steps = re.fullmatch(form, self.features), self.window / (self.pool or FRAME)
         if not known or steps % 1 or not 1 <= steps < 10_000:
             raise InputError(f"found {self}; expected mfcc-N or log-mel-N, N <= 128, a window of "
                              f"n * {FRAME} s, and no pool; or npy-D, a window of n * pool frames")
 
     @property
-    def step(self):  # between two columns, in the window's unit
-        return self.pool or FRAME
-
-    @property
     def shape(self):  # (F, T) of a window
-        return int(self.features.rpartition("-")[2]), round(self.window / self.step)
+        bands = int(self.features.rpartition("-")[2])
+        return bands, round(self.window / (self.pool or FRAME))
 
 def chunks(content, at):
     """(name, begin of its content, size as it says) of each chunk from byte `at` on."""
@@ -574,8 +566,8 @@ def wav_parts(path):
             break
     else:
         raise InputError(f"{path}: has no data chunk, and so no samples")
-    left, empty = len(content) - at, size == 0
-    for name, begin, length in chunks(content, at):  # it may be empty, if whole chunks follow
+    left, empty = len(content) - at, size == 0  # if whole chunks follow
+    for name, begin, length in chunks(content, at) if empty else ():
         named = name.isascii() and name.decode().isprintable()
         empty = empty and named and begin + length <= len(content)
     if size >= 0x7FFF0000 or (size == 0 and not empty):
@@ -614,8 +606,7 @@ def channels_of(path):
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. InputError for what is no wav file of such."""
     samples, rate = channels_of(path)
-    ratio = Fraction(RATE, rate).limit_denominator(1000)  # the filter is as long as these are large
-    up, down = ratio.numerator, ratio.denominator
+    up, down = Fraction(RATE, rate).limit_denominator(1000).as_integer_ratio()  # else slow
     return scipy.signal.resample_poly(samples.mean(axis=1), up, down).astype(np.float32)
 
 def channels_cancel(path):
@@ -642,8 +633,6 @@ def read_frames(path, settings):
 
 def read(path, settings):
     """-> samples or, of npy-D, frames: what `maps_of` takes."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     return read_frames(path, settings) if settings.pool else read_wav(path)
 
 def windows(samples, settings):
@@ -684,17 +673,11 @@ def lock(path, wait=True):
     with open(path, "ab") as file:
         mine = True
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "Windows has no such locks")
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             mine = False
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            if not WARNED:  # once a process: a run locks each of its folds
-                warn(f"{path} cannot be locked ({error.strerror}); run one only")
-            WARNED.append(path)
+        except (OSError, AttributeError):
+            warn_once("files cannot be locked on this disk, or on Windows; run one process only")
         yield mine
 
 def write(file, content):
@@ -713,45 +696,29 @@ def write(file, content):
     os.replace(part, file)
 
 def code_digest(*sources):
-    """Of Python texts' tokens: neither comments, docstrings, layout nor Python's version count."""
-    found, statement, begun = [], [], []  # `begun`: where f-strings begin that have not ended
-    for text in sources:
-        lines = text.split("\n")
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            kind, said = tokenize.tok_name[token.type], token.string
-            if kind == "FSTRING_START":  # from Python 3.12 on an f-string is several tokens, before
-                begun.append(token.start)  # it is one, the text between its ends
-            elif kind == "FSTRING_END":
-                (first, left), (last, right) = begun.pop(), token.end
-                said = "\n".join([*lines[first - 1 : last - 1], lines[last - 1][:right]])[left:]
-            if begun or kind in ("COMMENT", "NL"):
-                continue
-            if kind in ("INDENT", "DEDENT", "ENDMARKER"):
-                found.append("\n" + kind)  # no token begins so
-            elif kind != "NEWLINE" and said != ";":
-                statement.append(said)
-            else:
-                docstring = all(re.match("[rRuUbB]*[\"']", part) for part in statement)
-                found += [] if docstring else [*statement, "\n"]
-                statement = []
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    """Of Python texts: comments, docstrings, layout and Python's version do not count."""
+    trees = [outline(ast.parse(text)) for text in sources]
+    return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]
 
-@dataclass
-class Store:
-    """The windows of a corpus. Utterance i has the windows first[i] .. first[i + 1] - 1."""
-    features: np.ndarray  # (windows, F, T) float16, memory-mapped
-    first: np.ndarray  # (utterances + 1,)
-    length: np.ndarray  # (utterances,), in seconds; of npy-D in frames
-    bad: dict  # utterance -> why it has no windows; empty unless such are skipped
-
-    def windows_of(self, utterances):
-        """-> (indices of their windows, and for each window its place in `utterances`)"""
-        window = np.concatenate([np.arange(*self.first[i : i + 2]) for i in utterances])
-        return window, np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
+def outline(tree):
+    """A syntax tree as lists, without what is empty: newer versions of Python have more fields."""
+    if isinstance(tree, list):  # of statements, of arguments
+        return [part for part in map(outline, tree) if part]
+    if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):
+        return []  # a docstring
+    if not isinstance(tree, ast.AST):
+        return repr(tree)
+    found = [type(tree).__name__]
+    for name, value in ast.iter_fields(tree):
+        if value or isinstance(tree, ast.Constant):
+            found += [name, outline(value)]
+    return found
 
 def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=lambda text: None):
-    """-> Store, computed once for this code, settings, listing and files' times. InputError: all
-    that cannot be used (`skip_bad`: Store.bad), or one that cannot be read now; nothing is kept."""
+    """-> features (windows, F, T) float16, memory-mapped; `first`: utterance i has the windows
+    first[i] to first[i + 1] - 1; lengths in seconds, of npy-D in frames; {utterance: why it has no
+    window}, of `skip_bad`. Computed once for this code, settings, listing and files' times.
+    InputError: all that cannot be used, or one that cannot be read now; then nothing is kept."""
     paths = [u.path for u in listing.utterances]
     times = [path.stat().st_mtime if path.is_file() else None for path in paths]
     code = [code_digest(SOURCE), torchaudio.__version__]
@@ -765,11 +732,10 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     try:
         count, length, peaks, cancelled, why = zip(*json.loads(index.read_text("utf-8")))
         shape = sum(count), *settings.shape
-        whole = len(count) == len(paths) and values.stat().st_size == 2 * np.prod(shape)
+        if len(count) != len(paths) or values.stat().st_size != 2 * np.prod(shape):
+            raise ValueError
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise InputError(f"{folder} does not hold the features of all utterances; delete it")
+        raise InputError(f"{index} or `features` beside it is damaged; delete it") from None
     bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if reason}
     if bad and not (skip_bad and len(bad) < len(paths)):
         fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them or --skip-bad:"
@@ -785,7 +751,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
     if odd:
         warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
     maps = np.memmap(values, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
-    return Store(maps, np.cumsum([0, *count]), np.array(length), bad)
+    return maps, np.cumsum([0, *count]), np.array(length), bad
 
 def compute(folder, paths, times, settings, progress):
     """Writes the features, and an index: windows, length, peak, do channels cancel, what is wrong
@@ -795,12 +761,12 @@ def compute(folder, paths, times, settings, progress):
         for n, (path, time) in enumerate(zip(paths, times), start=1):
             with naming(path):
                 try:
+                    if time is None:
+                        raise InputError("no such file")
                     samples = read(path, settings)
                     maps = maps_of(samples, settings).numpy().astype("<f2")
                     about = not settings.pool and channels_cancel(path), None
                 except InputError as error:
-                    if time and not path.is_file():  # it vanished
-                        raise
                     samples = maps = np.zeros(0)
                     about = False, str(error).removeprefix(f"{path}: ")
             out.write(maps.tobytes())
@@ -853,22 +819,23 @@ def mean_std(parts):
 
 class Data:
     """Windows of a corpus, from the memory map. Before the first batch: standardise_by"""
-    def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train",
-                 cache="cache", skip_bad=False, progress=lambda text: None):
-        self.listing, self.settings = listing, settings
-        self.normalise, self.device = normalise, torch.device(device)
+    def __init__(self, listing, settings, *, classes=None, device="cpu", normalise="train", **how):
+        self.listing, self.normalise = listing, normalise
+        self.device = torch.device(device)
         self.classes = classes or listing.classes
-        self.store = load(listing, settings, cache, skip_bad, progress)
+        self.features, self.first, self.length, self.bad = load(listing, settings, **how)
         labels = [self.classes.index(u.label) for u in listing.utterances]
         self.labels = np.array(labels)
 
     def windows(self, utterances):
-        """-> tensors: their windows, and for each window its position in `utterances`."""
-        return map(torch.from_numpy, self.store.windows_of(utterances))
+        """-> tensors: indices of their windows, and for each window its place in `utterances`."""
+        window = np.concatenate([np.arange(*self.first[i : i + 2]) for i in utterances])
+        of = np.repeat(np.arange(len(utterances)), np.diff(self.first)[utterances])
+        return torch.from_numpy(window), torch.from_numpy(of)
 
     def standardise_by(self, members=None, known=None):
         """By mean and deviation of the training's `members`, those `known`, or each speaker's."""
-        shape = self.store.features.shape[:2]  # (windows, F): a mean for each window
+        shape = self.features.shape[:2]  # (windows, F): a mean for each window
         if self.normalise == "train":
             mean, std = known or self.mean_std(members)
             self.mean, self.std = mean.expand(shape), std.expand(shape)  # without a copy
@@ -881,30 +848,26 @@ class Data:
             self.mean[window], self.std[window] = self.mean_std(own)
 
     def mean_std(self, utterances):
-        first = self.store.first  # one utterance at a time: all would not fit into memory
-        parts = (self.store.features[first[i] : first[i + 1]] for i in utterances)
+        first = self.first  # one utterance at a time: all would not fit into memory
+        parts = (self.features[first[i] : first[i + 1]] for i in utterances)
         return mean_std(map(torch.from_numpy, parts))
 
     def maps(self, window):
         """Indices of windows -> standardised maps (N, 1, F, T)."""
-        x = torch.from_numpy(self.store.features[window.numpy()]).float()
+        x = torch.from_numpy(self.features[window.numpy()]).float()
         x = (x - self.mean[window][:, :, None]) / self.std[window][:, :, None]
         return x[:, None].to(self.device)
 
     def batches(self, utterances, size, *where):
-        """All their windows, shuffled as `where` says: pairs (windows, classes) for `read`."""
+        """All their windows, shuffled as `where` says: pairs (windows for `maps`, classes)."""
         window, of = self.windows(utterances)
-        target = torch.from_numpy(self.labels[utterances])[of]
+        target = torch.from_numpy(self.labels[utterances])[of].to(self.device)
         parts = shuffled_parts(len(window), size, *where)
         return [(window[part], target[part]) for part in parts]
 
-    def read(self, batch):
-        """-> x (N, 1, F, T), target (N,)"""
-        return self.maps(batch[0]), batch[1].to(self.device)
-
     def class_weights(self, utterances):
         """Inverse frequencies of the classes' windows, (classes,); over these their mean is 1."""
-        windows = np.diff(self.store.first)[utterances]  # what steps are made of
+        windows = np.diff(self.first)[utterances]  # what steps are made of
         counts = np.bincount(self.labels[utterances], windows, len(self.classes))
         weights = counts.sum() / (len(counts) * counts)
         return torch.tensor(weights, dtype=torch.float32, device=self.device)

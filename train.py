@@ -15,9 +15,6 @@ half for the alphas; the derived network is trained from scratch on all of them;
 scored at the end, and choose nothing. What a fold leaves lies in
 
     runs/DATASET-SCALE-KEY/MODEL-seedS/foldK    KEY: of data, code, settings but model and seed
-
-Read on: the two loops, scores, a fold from start to end, networks, options, the command; then what
-outlives the process, tables, the report, the dry run, the use of finished models.
 """
 
 import argparse
@@ -89,13 +86,11 @@ def forward(net, x, options):
         return net(x).float()
 
 def alpha_step(architect, alpha_batch, weight_batch, lr, options):
-    """One step of the alphas. -> the loss, a float."""
     amp = options.amp and options.order == 1  # bfloat16 would round order 2's differences away
     with torch.autocast(alpha_batch[0].device.type, torch.bfloat16, enabled=amp):
         return architect.step(alpha_batch, weight_batch, lr)
 
 def weight_step(loss, optimizer):
-    """One step of the weights. -> the loss, a float."""
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
     if not math.isfinite(norm):
@@ -132,11 +127,12 @@ def search(net, data, members, options, checkpoint):
         for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, alpha_batches)):
             checkpoint.step = step  # an error names it
             torch.manual_seed(seed_of(*here, epoch, step))
-            x, target = data.read(weight_batch)
-            x = augmented(x, options)
+            window, target = weight_batch
+            x = augmented(data.maps(window), options)
             # In the warm-up alphas wait: skips and pools would be ahead of untrained convolutions.
             if epoch >= options.warm_up:
-                batches = data.read(alpha_batch), (x, target)
+                window, held_out = alpha_batch
+                batches = (data.maps(window), held_out), (x, target)
                 alpha_losses.append(alpha_step(architect, *batches, lr, options))
             with held_fixed(net.alphas()):
                 logits = forward(net, x, options)
@@ -161,11 +157,12 @@ def train(net, data, members, watched, options, checkpoint):
         net.drop_path = recipe(options)["drop_path"] * epoch / options.epochs
         losses = []
         net.train()
-        for step, batch in enumerate(data.batches(members, options.batch, *here, epoch)):
+        batches = data.batches(members, options.batch, *here, epoch)
+        for step, (window, target) in enumerate(batches):
             checkpoint.step = step  # an error names it
             torch.manual_seed(seed_of(*here, epoch, step))
-            x, target = data.read(batch)
-            logits = forward(net, augmented(x, options), options)
+            x = augmented(data.maps(window), options)
+            logits = forward(net, x, options)
             losses.append(weight_step(loss(logits, target), optimizer))
         row = {"lr": lr, "loss": np.mean(losses)}
         net.eval()
@@ -325,8 +322,8 @@ def about_fold(options, data, split, checkpoint):
         "validation_ua": checkpoint.rows[-1].get("val_ua"),
         "genotype": checkpoint.genotype,
         "decision": checkpoint.decision,
-        "notes": notes_of(options, data.classes, data.store.bad),
-        "skipped": list(data.store.bad.values()),
+        "notes": notes_of(options, data.classes, data.bad),
+        "skipped": list(data.bad.values()),
         "seen": sorted(prints[i] for i in split.train + split.validation),  # see score_corpus
         "settings": settings_of(options),
         "versions": f"python {sys.version.split()[0]}, torch {torch.__version__}",
@@ -357,7 +354,7 @@ def network(options, classes, genotype=None):
             seq_cells=options.seq_cells,
             nodes=options.nodes,
             stem_stride=options.stem_stride,
-            seq_width=options.seq_width or None,
+            seq_width=options.seq_width,
             seq_space=options.seq_space,
             relaxation=options.relaxation,
             dropout=recipe(options)["dropout"],
@@ -408,21 +405,18 @@ class Baseline(nn.Module):
     over the map."""
     def __init__(self, classes, bands, *, cnn=True, lstm=1, attention=False, dropout=0.3, width=64):
         super().__init__()
-        self.cnn = nn.Sequential()
-        c, frame = 1, bands
+        self.cnn, frame = nn.Sequential(), bands
         if cnn:  # F is halved three times, T twice
-            for out, pool in ((16, 2), (32, 2), (64, (2, 1))):
-                self.convolution(c, out)
+            for c_in, c_out, pool in ((1, 16, 2), (16, 32, 2), (32, 64, (2, 1))):
+                self.convolution(c_in, c_out)
                 self.cnn.extend([nn.MaxPool2d(pool, ceil_mode=True), nn.Dropout2d(0.1)])
-                c = out
-            frame = c * math.ceil(bands / 8)
+            frame = 64 * math.ceil(bands / 8)
         self.rnn = self.score = None
         if lstm:
-            between = dropout if lstm > 1 else 0.0
-            how = dict(batch_first=True, bidirectional=True, dropout=between)
-            self.rnn = nn.LSTM(frame, width, lstm, **how)
+            self.rnn = nn.LSTM(frame, width, lstm, batch_first=True, bidirectional=True,
+                               dropout=dropout if lstm > 1 else 0.0)  # between layers
         else:
-            self.convolution(c, 2 * width)
+            self.convolution(64, 2 * width)
         if attention:
             hidden = nn.Linear(2 * width, width)
             self.score = nn.Sequential(hidden, nn.Tanh(), nn.Linear(width, 1))
@@ -450,11 +444,11 @@ BASELINES = {  # name -> constructor(classes, bands): a --model, and a row of --
     "cnn-lstm": Baseline,
     "cnn-lstm-att": partial(Baseline, attention=True),
 }
-MODELS = ["emodarts", "random", "skip", *BASELINES]  # in the order of the table
 
-def models_for(options):
-    """All, but no convolution over the numbers of one's own frames, which have no order."""
-    return [model for model in MODELS if not (options.pool and model.startswith("cnn"))]
+def known_models(pool=None):
+    """All, in the table's order; but no convolution over one's own frames, without order in F."""
+    names = ["emodarts", "random", "skip", *BASELINES]
+    return [name for name in names if not (pool and name.startswith("cnn"))]
 
 # Options -----------------------------------------------------------------------------------------
 SCALES = {  # a scale is a set of defaults
@@ -466,9 +460,6 @@ SCALES = {  # a scale is a set of defaults
                   seq_cells=1, seq_width=64, relaxation="sample",
                   search_epochs=100, warm_up=20, epochs=30, threads=1),
 }
-# What --features npy-D brings: 64 steps of, at the usual 50 frames a second, 3.84 s in all.
-OWN_FRAMES = dict(window=192.0, pool=3, cnn_cells=0)
-AUTHORS = dict(features="mfcc-128", alpha_lr=3e-4)  # what --recipe authors brings beside its RECIPE
 # No part of KEY: a result does not depend on them, but for rounding.
 NOT_SETTINGS = ["out", "root", "frames", "cache", "folds", "skip_bad", "device", "threads"]
 NOT_SETTINGS += ["dry_run", "seeds", "compare", "predict", "from_"]
@@ -516,10 +507,11 @@ def parse(argv):
     add_options(parser)
     add_method_options(parser)
     parser.set_defaults(scale=scale, folds=corpus.folds or None, **SCALES[scale])
-    if known.features.startswith("npy"):
-        parser.set_defaults(**OWN_FRAMES, seq_width=SCALES[scale]["seq_width"] or 128)
+    if known.features.startswith("npy"):  # 64 steps: 3.84 s at the usual 50 frames a second
+        width = SCALES[scale]["seq_width"] or 128
+        parser.set_defaults(window=192.0, pool=3, cnn_cells=0, seq_width=width)
     if known.recipe == "authors":
-        parser.set_defaults(**AUTHORS)
+        parser.set_defaults(features="mfcc-128", alpha_lr=3e-4)
     if known.protocol == "paper":
         parser.set_defaults(validation="none")
     options = parser.parse_args(argv)
@@ -557,7 +549,7 @@ def add_options(parser):
 
 def add_method_options(parser):
     add = parser.add_argument_group("search and training").add_argument
-    add("--model", choices=MODELS, default=MODELS[0],
+    add("--model", choices=known_models(), default="emodarts",
         help="searched, a random genotype, skip connections only, or designed by hand")
     add("--search", choices=("joint", "cnn", "seq"), default="joint", help="which cells to search")
     add("--genotype", type=genotype_file, metavar="FILE", help="train this one, without a search")
@@ -588,7 +580,7 @@ def add_method_options(parser):
 
 def check(options):
     """Refuses sizes and choices that cannot work together, before anything is computed."""
-    known = models_for(options)
+    known = known_models(options.pool)
     if options.model not in known:
         raise InputError(f"--model {options.model} is for bands; npy-D: {', '.join(known)}")
     if options.genotype and options.model != "emodarts":
@@ -650,11 +642,12 @@ def command(options):
     if not set(chosen) <= set(range(count)):
         raise InputError(f"--folds is {chosen}, expected numbers from 0 to {count - 1}")
     features.folds(listing, (), chosen, validate)  # what cannot be is refused before anything
-    finished_runs(options, [])  # is computed, and a folder of other settings
+    finished_results(options)  # is computed, and a folder of other settings
     data = data_of(options, listing, listing.classes, device)
-    splits = features.folds(listing, data.store.bad, chosen, validate)
+    splits = features.folds(listing, data.bad, chosen, validate)
     if options.poison:
-        splits = [poisoned(split, k, options.poison, data.labels) for k, split in enumerate(splits)]
+        for k, split in enumerate(splits):
+            splits[k] = poisoned(split, k, options.poison, data.labels)
     if options.dry_run:
         return dry_run(options, runs, data, {k: splits[k] for k in chosen})
     jobs = list(itertools.product(runs, chosen))
@@ -670,7 +663,7 @@ def plan(options):
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = [(options.model, seed, options.genotype) for seed in seeds]
     if options.compare is not None:
-        others = [model for model in models_for(options) if model != "random"]
+        others = [model for model in known_models(options.pool) if model != "random"]
         wanted += [(model, seed, None) for model in others for seed in seeds]
         wanted += [("random", options.seed + n, None) for n in range(options.compare)]
     runs = []
@@ -699,7 +692,7 @@ def data_of(options, listing, classes, device):
     data = Data(listing, map_settings(options), classes=classes, device=device,
                 normalise=options.normalise, cache=options.cache, skip_bad=options.skip_bad,
                 progress=say)
-    for why in data.store.bad.values():
+    for why in data.bad.values():
         say(f"skipped: {why}")
     return data
 
@@ -716,10 +709,9 @@ def pick_device(name, amp=False):
         raise InputError(f"{how} ({error!s:.150}); cpu without --amp always can") from None
     return torch.device(name)
 
-# A fold belongs to whoever holds its lock: this process, another shell, a job of a cluster, a rank
-# of torchrun. A dead process' lock is free. Nobody waits: the last one prints.
 def work(jobs, compute):
-    """Computes the jobs that are neither finished nor in other hands. -> whether all are done"""
+    """Computes the jobs that are neither finished nor in the hands of another shell, a cluster's
+    job, a rank of torchrun. A dead process' lock is free. -> whether all are done; nobody waits"""
     for run, k in jobs:
         if result_of(run, k):
             continue
@@ -732,8 +724,6 @@ def work(jobs, compute):
 # Files are whole or not there, and a checkpoint holds whole epochs. Kill, power cut and Ctrl-C are
 # one case. What is read back is data: nothing is executed.
 SAVE_EVERY = 30  # seconds between two checkpoints, and as many times what the last one took
-COLUMNS = ["stage", "epoch", "lr", "loss", "alpha_loss", "entropy",
-           *(f"{who}_{metric.lower()}" for who in ("val", "test") for metric in METRICS), "seconds"]
 
 class Checkpoint:
     """Where a fold stands: stage, epochs that are done, rows of log.csv, what the search found; and
@@ -746,8 +736,7 @@ class Checkpoint:
         self.stage, self.epoch, self.step, self.rows = "search", 0, 0, []
         self.genotype = self.decision = None
         self.parts, self.states = {}, {}  # states of a file wait there for `restore`
-        self.epoch_began = time.perf_counter()
-        self.next_save = self.epoch_began + SAVE_EVERY
+        self.next_save = time.perf_counter() + SAVE_EVERY
         if self.file.exists():
             with reading(self.file):
                 state = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -786,7 +775,7 @@ class Checkpoint:
         self.epoch += 1
         self.rows.append({"stage": self.stage, "epoch": self.epoch} | row)
         out = io.StringIO(newline="")
-        log = csv.DictWriter(out, COLUMNS)
+        log = csv.DictWriter(out, list(dict.fromkeys(itertools.chain(*self.rows))))
         log.writeheader()
         log.writerows(self.rows)
         write(self.file.with_name("log.csv"), out.getvalue())
@@ -811,13 +800,10 @@ def reading(file):
     try:
         with naming(file):
             yield file
-    except InputError:
-        raise
     except Exception as error:
-        if "memory" in str(error):  # as torch says it
+        if isinstance(error, InputError) or "memory" in str(error):  # as torch says it
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        why = f"damaged, or of other code ({lines[0]:.150})"
+        why = f"damaged, or of other code ({error!r:.150})"
         raise InputError(f"{file} is {why}; delete it, or name another") from None
 
 def refuse_another_run(file, theirs, mine):
@@ -837,7 +823,7 @@ def refuse_another_run(file, theirs, mine):
 def read_result(file, mine):
     """-> what result.json says of a fold, and its `folder`. `mine`: settings it must have."""
     with reading(file):
-        result = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+        result = json.loads(file.read_bytes())
         refuse_another_run(file, result["settings"], mine)
     return result | {"folder": file.parent}  # where it lies now
 
@@ -846,29 +832,26 @@ def result_of(options, k):
     file = folder_of(options, k) / "result.json"
     return read_result(file, settings_of(options)) if file.exists() else None
 
-def finished_runs(options, chosen):
-    """All runs in the folder that have the chosen folds, whoever computed them, as `by_run` gives
-    them. Refuses a folder of other data, code or settings."""
+def finished_results(options):
+    """All in the folder, whoever computed them. Refuses other data, code or settings."""
     mine = settings_of(options, without=OF_A_RUN)
     files = sorted(corpus_folder(options).glob("*/fold*/result.json"))
-    return by_run([read_result(file, mine) for file in files], chosen)
+    return [read_result(file, mine) for file in files]
 
 def by_run(results, chosen):
-    """(name of the model, seed) -> results of the chosen folds, where all of them are there."""
+    """(model, seed) -> results of the chosen folds, if all are there; with none chosen, of all."""
     runs = {}
     for result in results:
         folds = runs.setdefault((result["model"], result["seed"]), {})
         folds[result["fold"]] = result
-    whole = {}  # in the order of MODELS, given genotypes behind
-    for run in sorted(runs, key=lambda run: ([*MODELS, run[0]].index(run[0]), run)):
+    whole, place = {}, {name: k for k, name in enumerate(known_models())}
+    for run in sorted(runs, key=lambda run: (place.get(run[0], 99), run)):  # genotypes: behind
         if set(chosen) <= set(runs[run]):
-            whole[run] = [runs[run][k] for k in chosen]
-    lacking = sorted(f"{name}-seed{seed}" for name, seed in runs.keys() - whole.keys())
-    if lacking:
-        warn(f"in no table, for want of some of the folds {chosen}: {listed(lacking)}")
-    dropped = sorted({result["fold"] for result in results} - {*chosen})
-    if chosen and dropped:
-        warn(f"folds {dropped} are in no table: name all folds, models and seeds in one command")
+            whole[run] = [runs[run][k] for k in chosen or sorted(runs[run])]
+    shown = list(itertools.chain(*whole.values()))
+    hidden = [str(result["folder"]) for result in results if result not in shown]
+    if hidden:
+        warn(f"in no table, which shows folds {chosen} of runs that have all: {listed(hidden)}")
     return whole
 
 def say(text):
@@ -885,7 +868,7 @@ def notes_of(options, classes, bad):
     if options.validation == "none":
         notes.append("the validation speakers train as well")
     if options.poison:
-        share = f"{100 * options.poison:g} % of each class' test utterances, rounded down,"
+        share = f"{100 * options.poison:g} % of the test utterances"
         notes.append(f"not speaker-independent: {share} were moved to the training")
     if options.genotype:
         notes.append("the genotype was given: if its search saw test speakers, they chose it")
@@ -960,10 +943,9 @@ def finish(run, chosen):
     """Of a run that is finished: writes results.json and report.md, then prints the table."""
     results = [result_of(run, k) for k in chosen]
     folder = folder_of(run)
-    folds = []
     for result in results:
-        folds.append({name: result[name] for name in result if name not in ("folder", "seen")})
-    write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": folds}))
+        del result["folder"], result["seen"]  # a path; a line for each recording
+    write(folder / "results.json", json.dumps({"settings": settings_of(run), "folds": results}))
     write(folder / "report.md", report(results, run))
     print(f"\n{run.dataset}, protocol {run.protocol}: {model_name(run)}, seed {run.seed}")
     tables = [table(results, test) for test in results[0]["tests"]]
@@ -973,7 +955,7 @@ def finish(run, chosen):
 # The table of all models and seeds ---------------------------------------------------------------
 def compare(options, chosen):
     """Writes and prints the table of all runs in the folder, whoever computed them."""
-    runs, folder = finished_runs(options, chosen), corpus_folder(options)
+    runs, folder = by_run(finished_results(options), chosen), corpus_folder(options)
     rows, text = comparison(runs)
     about = {"settings": settings_of(options, without=OF_A_RUN), "rows": rows}
     write(folder / "results.json", json.dumps(about, indent=1))
@@ -989,15 +971,14 @@ def comparison(runs):
         models.setdefault(name, []).append(results)
     first, *_ = models.values()
     for test in first[0][0]["tests"]:
+        ensembles = {}
         for name, seeds in models.items():
             rows.append(row_of(name, seeds, test, first))
-        first_ensemble = None
-        for name, seeds in models.items():
             together = ensemble(seeds, test)
             if together:
-                first_ensemble = first_ensemble or [together]
-                name = f"{name}, ensemble of {len(seeds)}"
-                rows.append(row_of(name, [together], test, first_ensemble))
+                ensembles[f"{name}, ensemble of {len(seeds)}"] = [together]
+        for name, seeds in ensembles.items():
+            rows.append(row_of(name, seeds, test, next(iter(ensembles.values()))))
     heads = [name for name, cell in rows[0].items() if not isinstance(cell, list)]
     cells = [[str(row.get(name, "")) for name in heads] for row in rows]
     folds = ", ".join(str(result["fold"]) for result in first[0])
@@ -1012,8 +993,11 @@ def row_of(name, seeds, test, first):
     """`seeds`: a model's results, [seed][fold]; `first`: those of the model that p refers to."""
     results = list(itertools.chain(*seeds))
     values = {metric: values_of(seeds, test, METRICS[metric]) for metric in METRICS}
-    p = p_value(values["UA"], values_of(first, test, ua))
-    row = {"set": test, "model": name, "seeds": len(seeds), "p": p}
+    row = {"set": test, "model": name, "seeds": len(seeds), "p": ""}
+    # A paired t-test over folds, averaged over seeds; not of one fold, nor of the same in all.
+    difference = values["UA"].mean(axis=0) - values_of(first, test, ua).mean(axis=0)
+    if len(difference) > 1 and np.ptp(difference) >= 1e-12:
+        row["p"] = f"{stats.ttest_1samp(difference, 0).pvalue:.2g}"
     seen = [result.get("validation_ua") for result in results]
     if None not in seen:
         values["validation UA"] = np.reshape(seen, (len(seeds), -1))
@@ -1026,9 +1010,7 @@ def row_of(name, seeds, test, first):
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        peaks = [result["peak_gb"] for result in results if result["peak_gb"]]
-        if peaks:  # not everywhere known
-            row["peak"] = f"{max(peaks):.2f} GB"
+        row["peak"] = gigabytes(max(result["peak_gb"] or 0.0 for result in results))
     return row
 
 def ensemble(seeds, test):
@@ -1053,13 +1035,6 @@ def ensemble(seeds, test):
         confusion = confusion_matrix(labels, torch.from_numpy(total))
         folds.append({"tests": {test: {"confusion": confusion}}})
     return folds
-
-def p_value(values, reference):
-    """Of a paired t-test over folds, averaged over seeds; "" where there is nothing to test."""
-    difference = values.mean(axis=0) - reference.mean(axis=0)
-    if len(difference) < 2 or np.ptp(difference) < 1e-12:  # one fold, or the same in all
-        return ""
-    return f"{stats.ttest_1samp(difference, 0).pvalue:.2g}"
 
 # report.md ---------------------------------------------------------------------------------------
 def report(results, options):
@@ -1148,20 +1123,18 @@ def curves(results, stage):
         if len(points) > 1:
             names.append(column)
             lines.append(f"    line [{', '.join(points)}]")
-            epochs = len(points)
     if not lines:  # a baseline has no search
         return ""
     title = f'    title "{stage}: {", ".join(names)}"'
-    head = ["```mermaid", "xychart-beta", title, f"    x-axis 1 --> {epochs}"]
-    return "\n".join([*head, *lines, "```"])
+    return "\n".join(["```mermaid", "xychart-beta", title, *lines, "```"])
 
 # What it will cost -------------------------------------------------------------------------------
 def dry_run(options, runs, data, splits):
     """Says what there is, what would happen, and what it costs here, measured on noise."""
-    windows = np.diff(data.store.first)  # of each utterance
-    length, unit = f"{data.store.length.sum() / 60:.1f} minutes", "s"
+    windows = np.diff(data.first)  # of each utterance
+    length, unit = f"{data.length.sum() / 60:.1f} minutes", "s"
     if options.pool:
-        length, unit = f"{data.store.length.sum():,.0f} frames", "frames"
+        length, unit = f"{data.length.sum():,.0f} frames", "frames"
     usable = data.labels[windows > 0]
     labels = [f"{n} {name}" for name, n in zip(data.classes, np.bincount(usable))]
     print(f"corpus    {options.dataset}, protocol {options.protocol}: {len(usable)} utterances "
@@ -1182,7 +1155,7 @@ def dry_run(options, runs, data, splits):
         same = [run for run in runs if model_name(run) == model]
         for kind, step in steps_of(same[0], len(data.classes), data.device):
             peak_memory(data.device)  # from here on
-            seconds, count = seconds_of(step, data.device), steps[kind] * len(same)
+            seconds, count = seconds_of(step), steps[kind] * len(same)
             peak = peak_memory(data.device) or 0.0  # where it is not known
             total, most = total + count * seconds, max(most, peak)
             print(f"cost      {model}, {kind}: {count:,} of {seconds:.3g} s, {gigabytes(peak)}")
@@ -1207,24 +1180,21 @@ def steps_of(options, classes, device):
         genotype = derive(net)
         architect, batch = Architect(net, F.cross_entropy, order=options.order), (x, target)
         yield "alpha step", partial(alpha_step, architect, batch, batch, 1e-3, options)
-        del architect
         optimizer = optimizer_of(net.weights(), options)
         for p in net.weights():  # a whole search draws all, and so has a state of each
             p.grad = torch.zeros_like(p)
         optimizer.step()
         yield "weight step", partial(step, net, optimizer, net.alphas())
-        del optimizer
+        del architect, optimizer
     net = network(options, classes, genotype).to(device)
     yield "training step", partial(step, net, optimizer_of(net.parameters(), options))
 
-def seconds_of(step, device):
+def seconds_of(step):
     """The median of the later steps: the first are slower, and sampled ones are not alike."""
     times = []
     while len(times) < 5 or (len(times) < 30 and sum(times) < 30):
         began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        step()  # returns a float, for which a GPU must be done with all before
         times.append(time.perf_counter() - began)
     return float(np.median(times[len(times) // 2 :]))
 
@@ -1255,9 +1225,8 @@ def read_model(file):
         with torch.device("meta"):
             net = network(options, len(about["classes"]), genotype).eval()
         net.load_state_dict(found["weights"], assign=True)
-        mean_std = found["mean_std"]  # (F,) each; None: each speaker has one's own
-        return argparse.Namespace(about=about, options=options, net=net, mean_std=mean_std,
-                                  folder=file.parent)
+        return argparse.Namespace(about=about, options=options, net=net, folder=file.parent,
+                                  mean_std=found["mean_std"])  # None: each speaker has one's own
 
 def use(options):
     """--from RUN: recognises clips, or scores a corpus."""
@@ -1281,7 +1250,7 @@ def use(options):
 @torch.no_grad()
 def recognise(models, clips):
     """By the mean of the models' logits."""
-    names = sorted({f"{model.about['model']}-seed{model.about['seed']}" for model in models})
+    names = sorted({model.folder.parent.name for model in models})
     if len(names) > 1:
         raise InputError(f"--from has several runs; name one of RUN/{listed(names)}")
     classes, options = models[0].about["classes"], models[0].options  # of all folds of a run
@@ -1301,8 +1270,7 @@ def recognise(models, clips):
             x = (maps[clip] - mean[:, None]) / std[:, None]
             for part in x[:, None].split(64):
                 logits.append(forward(model.net, part, model.options).double())
-        logits = torch.cat(logits).mean(0)  # all models have the same number of windows
-        p = logits.softmax(0)
+        p = torch.cat(logits).mean(0).softmax(0)  # all models have the same number of windows
         values = "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, p))
         print(f"{clip}  {classes[p.argmax()]}  {values}")
 
@@ -1312,29 +1280,27 @@ def score_corpus(models, options):
     device = pick_device(options.device)
     listing = listing_of(options, first.options.pool)
     classes = tuple(first.about["classes"])
-    if not set(listing.classes) <= set(classes):
-        unknown = listed(sorted(set(listing.classes) - set(classes)))
-        raise InputError(f"{name} has the classes {unknown}, which the models have not")
+    unknown = sorted(set(listing.classes) - set(classes))
+    if unknown:
+        raise InputError(f"{name} has the classes {listed(unknown)}, which the models have not")
     for model in models:
         seen = set(map(tuple, model.about["seen"]))
         for utterance, known in zip(listing.utterances, listing.prints):
             if known in seen:
-                fold = f"the model of fold {model.about['fold']} has seen it; expected new ones"
-                raise InputError(f"{utterance.path}: {fold}")
+                raise InputError(f"{utterance.path}: {model.folder} has seen it; expected new ones")
     first.options.cache, first.options.skip_bad = options.cache, options.skip_bad
     data = data_of(first.options, listing, classes, device)
-    usable = [i for i in range(len(data.labels)) if i not in data.store.bad]
+    usable = [i for i in range(len(data.labels)) if i not in data.bad]
     results, file = [], f"{name}-{listing.digest[:8]}/predictions.csv"
     for model in models:
         data.standardise_by(known=model.mean_std)
         (model.folder / file).parent.mkdir(exist_ok=True)
         tested = score(model.net.to(device), data, usable, model.options, model.folder, file)
         model.options.dataset, model.options.poison = name, 0.0
-        about = {"notes": notes_of(model.options, classes, data.store.bad), "tests": {name: tested}}
+        about = {"notes": notes_of(model.options, classes, data.bad), "tests": {name: tested}}
         about |= {"validation": [], "validation_ua": None, "folder": model.folder}
         results.append(model.about | about)
-    for model, seed in by_run(results, []):  # of each run whatever folds there are
-        own = [found for found in results if (found["model"], found["seed"]) == (model, seed)]
+    for (model, seed), own in by_run(results, []).items():
         print(f"\n{model}, seed {seed}", table(own, name), *own[0]["notes"], sep="\n")
     runs = by_run(results, sorted({result["fold"] for result in results}))
     if len(runs) > 1:
@@ -1350,7 +1316,7 @@ def main(argv=None):
         command(parse(argv))
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         said = str(error) or "out of memory"  # as a MemoryError may be

@@ -381,7 +381,7 @@ class Network(nn.Module):
                 self.candidates[kind], self.alpha[kind] = names, nn.Parameter(start)
         if (genotype is not None and self.candidates) or not {*self.decided} <= {*kinds}:
             needs, has = ", ".join(dict.fromkeys(kinds)), ", ".join(self.decided) or "none"
-            raise ValueError(f"this depth has the cells {needs}; given are: {has}")
+            raise ValueError(f"a genotype of this depth has the cells {needs}; given are: {has}")
         return wiring
 
     def weights(self):

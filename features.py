@@ -676,8 +676,8 @@ def lock(path, wait=True):
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             mine = False
-        except (OSError, AttributeError):
-            warn_once("files cannot be locked on this disk, or on Windows; run one process only")
+        except (OSError, AttributeError) as error:  # of network disks; of Windows
+            warn_once(f"files cannot be locked here ({error!s:.99}); run one process only")
         yield mine
 
 def write(file, content):
@@ -735,7 +735,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
         if len(count) != len(paths) or values.stat().st_size != 2 * np.prod(shape):
             raise ValueError
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{index} or `features` beside it is damaged; delete it") from None
+        raise InputError(f"{index} or `features` beside it is damaged; delete both") from None
     bad = {i: f"{paths[i]}: {reason}" for i, reason in enumerate(why) if reason}
     if bad and not (skip_bad and len(bad) < len(paths)):
         fault = f"{len(bad)} of {len(paths)} recordings cannot be used; repair them or --skip-bad:"

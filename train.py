@@ -416,7 +416,7 @@ class Baseline(nn.Module):
             self.rnn = nn.LSTM(frame, width, lstm, batch_first=True, bidirectional=True,
                                dropout=dropout if lstm > 1 else 0.0)  # between layers
         else:
-            self.convolution(64, 2 * width)
+            self.convolution(64 if cnn else 1, 2 * width)
         if attention:
             hidden = nn.Linear(2 * width, width)
             self.score = nn.Sequential(hidden, nn.Tanh(), nn.Linear(width, 1))
@@ -851,7 +851,8 @@ def by_run(results, chosen):
     shown = list(itertools.chain(*whole.values()))
     hidden = [str(result["folder"]) for result in results if result not in shown]
     if hidden:
-        warn(f"in no table, which shows folds {chosen} of runs that have all: {listed(hidden)}")
+        warn(f"in no table, for which a run must have the folds {chosen}: {listed(hidden)}; name "
+             "all folds, models and seeds in one command")
     return whole
 
 def say(text):
@@ -868,7 +869,7 @@ def notes_of(options, classes, bad):
     if options.validation == "none":
         notes.append("the validation speakers train as well")
     if options.poison:
-        share = f"{100 * options.poison:g} % of the test utterances"
+        share = f"{100 * options.poison:g} % of each class' test utterances, rounded down,"
         notes.append(f"not speaker-independent: {share} were moved to the training")
     if options.genotype:
         notes.append("the genotype was given: if its search saw test speakers, they chose it")
@@ -1010,7 +1011,8 @@ def row_of(name, seeds, test, first):
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        row["peak"] = gigabytes(max(result["peak_gb"] or 0.0 for result in results))
+        peak = max(result["peak_gb"] or 0.0 for result in results)
+        row["peak"] = gigabytes(peak) if peak else ""
     return row
 
 def ensemble(seeds, test):
@@ -1119,7 +1121,7 @@ def curves(results, stage):
         for result in results:
             rows = [row for row in result["log"] if row["stage"] == stage]
             logs.append([row[column] for row in rows if column in row])
-        points = [f"{value:.6g}" for value in np.mean(logs, axis=0)]
+        points = [f"{value:.6g}" for value in map(np.mean, zip(*logs))]
         if len(points) > 1:
             names.append(column)
             lines.append(f"    line [{', '.join(points)}]")
@@ -1194,7 +1196,7 @@ def seconds_of(step):
     times = []
     while len(times) < 5 or (len(times) < 30 and sum(times) < 30):
         began = time.perf_counter()
-        step()  # returns a float, for which a GPU must be done with all before
+        step()  # ends with loss.item(), for which a GPU must be done with all before
         times.append(time.perf_counter() - began)
     return float(np.median(times[len(times) // 2 :]))
 
@@ -1250,7 +1252,7 @@ def use(options):
 @torch.no_grad()
 def recognise(models, clips):
     """By the mean of the models' logits."""
-    names = sorted({model.folder.parent.name for model in models})
+    names = sorted({f"{model.about['model']}-seed{model.about['seed']}" for model in models})
     if len(names) > 1:
         raise InputError(f"--from has several runs; name one of RUN/{listed(names)}")
     classes, options = models[0].about["classes"], models[0].options  # of all folds of a run

@@ -352,7 +352,7 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     labelled = each_once(folder, list(corpus.index(folder)))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no such folder"]
+        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
         found = f"{len(labelled)} labels, and {listed(there) or 'no file'}"
         wanted = (corpus.index.__doc__ or "what it reads").splitlines()[0]
         raise InputError(f"no utterance of {place} (found {found}); looked for: {wanted}")

@@ -352,7 +352,8 @@ def read_corpus(dataset, root=None, classes="four", protocol="standard"):
     labelled = each_once(folder, list(corpus.index(folder)))
     recorded = sorted((u for u in labelled if u.path), key=lambda u: u.path)
     if not recorded:
-        there = sorted(os.listdir(folder)) if folder.is_dir() else ["no folder"]
+        there = [folder.name] if folder.exists() else ["no folder"]
+        there = sorted(os.listdir(folder)) if folder.is_dir() else there
         found = f"{len(labelled)} labels, and {listed(there) or 'no file'}"
         wanted = (corpus.index.__doc__ or "what it reads").splitlines()[0]
         raise InputError(f"no utterance of {place} (found {found}); looked for: {wanted}")
@@ -606,7 +607,7 @@ def channels_of(path):
 def read_wav(path):
     """-> float32 samples in -1..1, mono, 16 kHz. InputError for what is no wav file of such."""
     samples, rate = channels_of(path)
-    up, down = Fraction(RATE, rate).limit_denominator(1000).as_integer_ratio()  # else slow
+    up, down = Fraction(RATE, rate).limit_denominator(1000).as_integer_ratio()  # of a short filter
     return scipy.signal.resample_poly(samples.mean(axis=1), up, down).astype(np.float32)
 
 def channels_cancel(path):
@@ -848,8 +849,8 @@ class Data:
             self.mean[window], self.std[window] = self.mean_std(own)
 
     def mean_std(self, utterances):
-        first = self.first  # one utterance at a time: all would not fit into memory
-        parts = (self.features[first[i] : first[i + 1]] for i in utterances)
+        # One utterance at a time: all would not fit into memory.
+        parts = (self.features[self.first[i] : self.first[i + 1]] for i in utterances)
         return mean_std(map(torch.from_numpy, parts))
 
     def maps(self, window):

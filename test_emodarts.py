@@ -176,7 +176,8 @@ def test_recurrent_operations_by_hand(name):
     lstm, attentive = name.startswith("lstm"), "_att_" in name
     assert type(op.rnn) is (nn.LSTM if lstm else nn.RNN)
     assert op.rnn.num_layers == int(name[-1]) and op.rnn.bidirectional == attentive
-    op.norm.weight.data.normal_(), op.norm.bias.data.normal_()
+    op.norm.weight.data.normal_()
+    op.norm.bias.data.normal_()
     for n in range(3):
         h, last = op.rnn(x[n])
         if attentive:
@@ -376,7 +377,8 @@ def test_a_search_avoids_noise(monkeypatch):
     cnn |= dict.fromkeys("ab", lambda c, s, affine: nn.Sequential(nn.AvgPool2d(1, s), Noise()))
     seq = {name: SEQ_OPS[name] for name in ("skip_connect", "rnn_1")}
     seq |= dict.fromkeys("ab", lambda width, affine: Noise())
-    monkeypatch.setattr(emodarts, "CNN_OPS", cnn), monkeypatch.setattr(emodarts, "SEQ_OPS", seq)
+    monkeypatch.setattr(emodarts, "CNN_OPS", cnn)
+    monkeypatch.setattr(emodarts, "SEQ_OPS", seq)
     monkeypatch.setitem(emodarts.SEQ_SPACES, "all", tuple(seq))
     sizes, found = dict(bands=8, channels=4, cnn_cells=1, seq_cells=1, nodes=3, seq_width=8), []
     for _ in range(2):
@@ -752,7 +754,8 @@ def test_msp_podcast_in_the_papers_protocol(tmp_path, monkeypatch):
     whole = folds(listing)
     assert [sides[2] for sides in speakers(listing)] == [{k} for k in "124567"]  # no Unknown, no 3
     monkeypatch.setitem(CORPORA, "msp-podcast", replace(CORPORA["msp-podcast"], at_most=7))
-    assert folds(listing) == folds(listing) and features.random.getstate() == state
+    assert folds(listing) == folds(listing)
+    assert features.random.getstate() == state
     for before, after in zip(whole, folds(listing)):
         for everyone, some in zip(before.sides().values(), after.sides().values()):
             assert len(some) == 7 and set(some) < set(everyone) and some != everyone[:7]
@@ -828,7 +831,7 @@ def test_csv(tmp_path):
     assert [*map(len, fold.sides().values())] == [4, 0, 2]
 
 @pytest.mark.parametrize("given, error", [
-    ("", "has the columns .none"), (HEAD, "found 0 labels"),
+    ("", "has the columns .none"), (HEAD, "found 0 labels, and mine.csv"),
     (HEAD + '"new\nline.wav",,1\n', "line 2: has no label"),
     (HEAD + "g,x,1\n", "line 2: has no recording"),
     (HEAD + 'a.wav,x,1\n"b.wav,x,1\nc.wav,x,1\n', "line 3: not a row .*quote"),
@@ -1183,7 +1186,8 @@ def test_halves_share_each_class_and_depend_on_seed_and_fold(data):
         counts = [np.bincount(data.labels[half], minlength=4) for half in (first, second)]
         assert np.abs(counts[0] - counts[1]).max() <= 1
         told.add((*first, *second))
-    assert len(told) == 6 and halves(members, data.labels, 2, 1) == (first, second)
+    assert len(told) == 6
+    assert halves(members, data.labels, 2, 1) == (first, second)
 
 def test_poisoning_moves_a_share_of_each_class_and_depends_on_the_fold(data):
     fold = Fold([0, 1], [2], {"a": [*range(3, 20)], "b": [*range(12, 24)]})
@@ -1324,7 +1328,8 @@ def test_a_metric_and_a_baseline_of_ones_own_are_wherever_the_others_are(cwd, mo
 
     def own(classes, bands):
         return nn.Sequential(nn.Flatten(), nn.Linear(4 * bands, classes))
-    monkeypatch.setitem(train.METRICS, "odd", odd), monkeypatch.setitem(train.BASELINES, "own", own)
+    monkeypatch.setitem(train.METRICS, "odd", odd)
+    monkeypatch.setitem(train.BASELINES, "own", own)
     printed, run = said(capsys, "--model", "own", *TWO_FOLDS, "own"), Path("own/own-seed0")
     right = [np.trace(confusion(run / f"fold{k}")) for k in (0, 1)]
     for text in (printed, (run / "report.md").read_text()):

@@ -238,8 +238,8 @@ class SeqCell(Cell):
         super().__init__("seq", wiring, lambda name, j: SEQ_OPS[name](width, affine), concat=2)
         self.width = width
 
-    def forward(self, *args):
-        return F.adaptive_avg_pool1d(super().forward(*args), self.width)  # nodes * D -> D
+    def forward(self, *args, **how):
+        return F.adaptive_avg_pool1d(super().forward(*args, **how), self.width)  # nodes * D -> D
 
 @dataclass(frozen=True)
 class Genotype:
@@ -492,7 +492,7 @@ class Architect:
     order=2 takes four passes, a copy of the weights and one of their gradient. `loss(logits,
     target)` -> scalar; it may add a function of the alphas, such as `expected_parameters`. Weights
     and BN buffers are bit for bit the same after a step. What does not require a gradient is a
-    constant. A torch.autocast block goes around the whole of `step`."""
+    constant. A torch.autocast block goes around the whole of `step`; it blurs order 2's term."""
     def __init__(self, net, loss, *, order=1, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3):
         if order not in (1, 2):
             raise ValueError(f"order is {order!r}, expected 1 or 2")
@@ -509,6 +509,8 @@ class Architect:
         batch (x, target) of the alphas' half of the training data; order 2 also needs `train`, the
         batch of the coming weight step, and `xi`, its learning rate. ValueError, before anything
         has moved, for a loss or gradient that is not finite."""
+        if {*map(id, self.net.alphas())} != {*map(id, self.optimizer.param_groups[0]["params"])}:
+            raise ValueError("the network has other alphas now: expected a new Architect")
         alphas = [alpha for alpha in self.net.alphas() if alpha.requires_grad]
         if any(alpha.dtype.itemsize < 4 for alpha in alphas):  # Adam's eps is 0 in float16
             raise ValueError("alphas in half precision: net.alpha.float() after net.half()")
@@ -537,9 +539,7 @@ class Architect:
         masks = int(torch.randint(2**62, ()))
         with without_statistics(self.net):
             try:
-                _, d_train = self.gradient(train, w, masks)
-                set_to(w, w_before, d_train, -xi)  # w'
-                del d_train
+                set_to(w, w_before, self.gradient(train, w, masks)[1], -xi)  # w'
                 loss, both = self.gradient(val, alphas + w)
                 d_alpha, d_w = both[: len(alphas)], both[len(alphas) :]
                 eps = 0.01 / max(torch.nn.utils.get_total_norm(d_w).item(), 1e-12)

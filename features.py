@@ -82,8 +82,7 @@ def below(root, pattern, depth=4, folders=False):
     for down in range(depth + 1):
         level, inner = sorted(inner, key=lambda path: (path.is_symlink(), path)), []
         for folder in filter(os.path.isdir, level):
-            inode_and_device = os.stat(folder)[1:3]
-            if visited.setdefault(inode_and_device, folder) is not folder:
+            if visited.setdefault(os.path.realpath(folder), folder) is not folder:
                 continue
             walk = os.walk(folder, onerror=lambda error: warn(f"a folder was left out: {error}"))
             _, names, files = next(walk, ("", [], []))
@@ -126,9 +125,9 @@ def rows(path, *columns, **how):
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
-    there = [name.lower() for name in table[0][1]] if table else ["(none)"]
+    there = [name.lower() for name in table[0][1]] if table else []
     if any(there.count(column) != 1 for column in columns) or there.count("split") > 1:
-        there = ",".join(there)[:99]
+        there = " | ".join(there)[:99] or "(none)"
         raise InputError(f"{path} has the columns {there}; expected {','.join(columns)}")
     for line, fields in table[1:]:
         if any(fields[len(there) :]):
@@ -206,10 +205,11 @@ def index_msp_podcast(root):
         wavs = by_name(below(root, r"MSP-PODCAST_.*\.wav", depth=9))
         for row in rows(table, "filename", "emoclass", "spkrid", "split_set"):
             name, code, speaker = row["filename"].lower(), row["emoclass"].upper(), row["spkrid"]
-            if speaker.lower() in ("", "unknown"):
-                speaker = "Unknown"
             split = row["split_set"].lower().replace("development", "validation")
-            paper = (code, None) if split != "validation" and speaker != "Unknown" else None
+            known = speaker.lower() not in ("", "unknown")
+            paper = (code, None) if split != "validation" and known else None
+            if not known:  # may be anybody: a speaker of one recording
+                speaker = f"Unknown in {name}"
             yield Utterance(wavs.get(name), code, speaker, None, split, paper, recording=name)
 
 def index_csv(file):
@@ -451,8 +451,7 @@ def disjoint(utterances):
     rank, least = {"validation": 1, "train": 2}, {}  # any test set, and a group: 0
     for u in utterances:
         least[u.speaker] = min(rank.get(u.split, 0), least.get(u.speaker, 2))
-    least["Unknown"] = None  # who is not told apart
-    return [u for u in utterances if least[u.speaker] in (None, rank.get(u.split, 0))]
+    return [u for u in utterances if least[u.speaker] == rank.get(u.split, 0)]
 
 # Utterances -> folds -----------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -511,14 +510,13 @@ def check_apart(k, listing, fold):
     first = {}  # speaker or print -> the side and the path where it was met first
     for side, members in fold.sides().items():
         for u, file in [(listing.utterances[i], listing.prints[i]) for i in members]:
-            unknown = u.speaker == "Unknown" and listing.dataset == "msp-podcast"  # many are one
-            keys = [] if unknown else [f"speaker {u.speaker}"]
+            keys = [f"speaker {u.speaker}"]
             if file[2]:  # what is no sound may be alike
                 keys.append(file)
             for key in keys:
                 other, before = first.setdefault(key, (side, u.path))
                 if other != side and other in ("train", "validation"):
-                    both = f"one recording, {before.name} and {u.path.name},"
+                    both = f"one recording, {before} and {u.path},"
                     what = both if key == file else key
                     raise InputError(f"fold {k}: {what} is in {other} and in {side}")
 
@@ -605,7 +603,7 @@ def channels_of(path):
     return samples, rate
 
 def read_wav(path):
-    """-> float32 samples in -1..1, mono, 16 kHz. InputError for what is no wav file of such."""
+    """-> float32 samples, mono, 16 kHz. InputError for what is no wav file of such."""
     samples, rate = channels_of(path)
     up, down = Fraction(RATE, rate).limit_denominator(1000).as_integer_ratio()  # of a short filter
     return scipy.signal.resample_poly(samples.mean(axis=1), up, down).astype(np.float32)
@@ -751,7 +749,7 @@ def load(listing, settings=Settings(), cache="cache", skip_bad=False, progress=l
         warn(f"the channels of {len(lost)} recordings cancel in their mean: {listed(lost)}")
     if odd:
         warn(f"{len(odd)} recordings are {LEVELS} dB from the median of all: {listed(odd)}")
-    maps = np.memmap(values, "<f2", "c", shape=shape)  # c: copy on write, as torch wants it
+    maps = np.memmap(values, "<f2", "r", shape=shape)  # r: may be larger than the memory
     return maps, np.cumsum([0, *count]), np.array(length), bad
 
 def compute(folder, paths, times, settings, progress):
@@ -815,7 +813,8 @@ def mean_std(parts):
         moments = moments + torch.stack([x**0, x, x**2]).sum((1, 3))  # (3, F)
     mean, square = moments[1:] / moments[0]
     variance = square - mean**2
-    deviation = torch.where(variance > 1e-10, variance, 1.0).sqrt()  # 1 of what is constant
+    constant = variance <= 1e-12 * square
+    deviation = torch.where(constant, 1.0, variance).sqrt()
     return mean.float(), deviation.float()
 
 class Data:
@@ -842,15 +841,16 @@ class Data:
             self.mean, self.std = mean.expand(shape), std.expand(shape)  # without a copy
             return
         self.mean, self.std = torch.empty(shape), torch.empty(shape)
-        speakers = np.array([u.speaker for u in self.listing.utterances])
-        for name in set(speakers):
-            own = np.flatnonzero(speakers == name)
+        members_of = {}
+        for i, utterance in enumerate(self.listing.utterances):
+            members_of.setdefault(utterance.speaker, []).append(i)
+        for own in members_of.values():
             window, _ = self.windows(own)
             self.mean[window], self.std[window] = self.mean_std(own)
 
     def mean_std(self, utterances):
-        # One utterance at a time: all would not fit into memory.
-        parts = (self.features[self.first[i] : self.first[i + 1]] for i in utterances)
+        # One utterance at a time: all would not fit into memory. Copies, as torch wants them
+        parts = (np.array(self.features[self.first[i] : self.first[i + 1]]) for i in utterances)
         return mean_std(map(torch.from_numpy, parts))
 
     def maps(self, window):

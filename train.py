@@ -245,7 +245,6 @@ def run_fold(options, k, data, split):
     """Search, derive, train, score; leaves genotype.json, log.csv, model.pt, predictions.csv, and
     result.json at last. `split`: features.Fold, who trains, validates and tests."""
     folder = folder_of(options, k)
-    peak_memory(data.device)  # from here on
     data.standardise_by(split.train)
     checkpoint = Checkpoint(options, k)
     try:
@@ -274,7 +273,6 @@ def run_fold(options, k, data, split):
     about |= {"tests": tests, "parameters": sum(p.numel() for p in net.parameters())}
     save_model(folder / "model.pt", net, data, about)
     about["device"] = f"{data.device}, {torch.get_num_threads()} threads"
-    about["peak_gb"] = peak_memory(data.device)
     about["log"] = checkpoint.rows
     about["seconds"] = {"search": 0.0, "train": 0.0}
     for row in checkpoint.rows:
@@ -290,7 +288,7 @@ def find(data, split, options, checkpoint):
     torch.manual_seed(seed_of(options.seed, checkpoint.fold, "supernet"))
     net = network(options, len(data.classes)).to(data.device)
     genotype = search(net, data, split.train, options, checkpoint)
-    say(f"fold {checkpoint.fold} found\n{genotype}")
+    say(f"{checkpoint.title} found\n{genotype}")
     seen = split.validation or split.train
     return genotype, decision(net, genotype, data, seen, options, checkpoint.fold)
 
@@ -627,7 +625,7 @@ def command(options):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.predict or options.from_:
+    if options.predict or options.from_ is not None:
         return use(options)
     device = pick_device(options.device, options.amp)
     map_settings(options)  # refuses what there cannot be
@@ -732,6 +730,7 @@ class Checkpoint:
 
     def __init__(self, options, fold):
         self.options, self.settings, self.fold = options, settings_of(options), fold
+        self.title = f"{model_name(options)}, seed {options.seed}, fold {fold}"
         self.file = folder_of(options, fold) / "checkpoint.pt"
         self.stage, self.epoch, self.step, self.rows = "search", 0, 0, []
         self.genotype = self.decision = None
@@ -748,7 +747,7 @@ class Checkpoint:
             say(f"goes on with {self.where()}")
 
     def where(self):
-        return f"fold {self.fold}, {self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
+        return f"{self.title}, {self.stage}, epoch {self.epoch + 1}, step {self.step + 1}"
 
     def save(self):
         began = time.perf_counter()
@@ -784,8 +783,8 @@ class Checkpoint:
         if self.stage == "search":  # epochs of the training take as long: a guess
             epochs, left = run.search_epochs, run.search_epochs - self.epoch + run.epochs
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        say(f"{model_name(run)}, seed {run.seed}, fold {self.fold}  {self.stage} "
-            f"{self.epoch}/{epochs}  {values}  {left * row['seconds']:.0f} s left")
+        say(f"{self.title}  {self.stage} {self.epoch}/{epochs}  {values}  "
+            f"{left * row['seconds']:.0f} s left")
         if now >= self.next_save:
             self.save()
 
@@ -816,7 +815,7 @@ def refuse_another_run(file, theirs, mine):
         what += f" {name} {theirs.get(name)!s:.60} there, {mine[name]!s:.60} here;"
     if "code" in differ:
         what = "other code: emodarts.py, features.py or train.py has changed;"
-    elif "data" in differ:
+    elif differ == ["data"]:
         what = "other data: recordings, labels, speakers or splits;"
     raise InputError(f"{file} is of {what} give another --out")
 
@@ -825,6 +824,9 @@ def read_result(file, mine):
     with reading(file):
         result = json.loads(file.read_bytes())
         refuse_another_run(file, result["settings"], mine)
+        place = f"{result['model']}-seed{result['seed']}", f"fold{result['fold']}"
+    if file.parent.parts[-2:] != place:
+        raise InputError(f"{file} is of {'/'.join(place)}; move it there, or away")
     return result | {"folder": file.parent}  # where it lies now
 
 def result_of(options, k):
@@ -851,8 +853,8 @@ def by_run(results, chosen):
     shown = list(itertools.chain(*whole.values()))
     hidden = [str(result["folder"]) for result in results if result not in shown]
     if hidden:
-        warn(f"in no table, for which a run must have the folds {chosen}: {listed(hidden)}; name "
-             "all folds, models and seeds in one command")
+        warn(f"not in the table of all models, for which each must have the folds {chosen}: "
+             f"{listed(hidden)}; name all folds, models and seeds in one command")
     return whole
 
 def say(text):
@@ -932,7 +934,7 @@ def best_epoch(results):
     """A note, in a list, where the log has followed the test speakers."""
     if "test_ua" not in results[0]["log"][-1]:
         return []
-    said = "best epoch on the test speakers, as the authors count:"
+    said = "best epoch on all test speakers, as the authors count:"
     for name in METRICS:
         best = []
         for result in results:
@@ -1011,8 +1013,6 @@ def row_of(name, seeds, test, first):
         for stage in ("search", "train"):
             seconds = [result["seconds"][stage] for result in results]
             row[stage] = f"{np.mean(seconds):.0f} s"
-        peak = max(result["peak_gb"] or 0.0 for result in results)
-        row["peak"] = gigabytes(peak) if peak else ""
     return row
 
 def ensemble(seeds, test):
@@ -1133,6 +1133,7 @@ def curves(results, stage):
 # What it will cost -------------------------------------------------------------------------------
 def dry_run(options, runs, data, splits):
     """Says what there is, what would happen, and what it costs here, measured on noise."""
+    runs = [run for run in runs if not all(result_of(run, k) for k in splits)]
     windows = np.diff(data.first)  # of each utterance
     length, unit = f"{data.length.sum() / 60:.1f} minutes", "s"
     if options.pool:
@@ -1243,6 +1244,9 @@ def use(options):
     models = [read_model(file) for file in files]
     if any(model.options.code != options.code for model in models):
         warn("other code made these models: do features and networks still mean the same?")
+    settings = [settings_of(model.options, [*OF_A_RUN, "code"]) for model in models]
+    if any(other != settings[0] for other in settings):
+        raise InputError(f"{folder} has models of several settings or corpora; name one of them")
     if options.predict:
         return recognise(models, options.predict)
     if options.dataset:

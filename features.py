@@ -127,8 +127,7 @@ def rows(path, *columns, **how):
         raise InputError(f"{path}, line {line}: not a row ({error}); is a quote open?") from None
     there = [name.lower() for name in table[0][1]] if table else []
     if any(there.count(column) != 1 for column in columns) or there.count("split") > 1:
-        there = " | ".join(there)[:99] or "(none)"
-        raise InputError(f"{path} has the columns {there}; expected {','.join(columns)}")
+        raise InputError(f"{path} has the columns {there!s:.99}; expected {[*columns]}")
     for line, fields in table[1:]:
         if any(fields[len(there) :]):
             raise InputError(f"{path}, line {line}: more fields than columns; are quotes missing?")
